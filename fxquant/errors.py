@@ -1,0 +1,55 @@
+"""The errors fxquant raises: each says what happened, where, why, and what to do.
+
+Every class is an :class:`FxQuantError` and also the builtin that fits, so that
+``except ValueError`` keeps working for people who do not know this package.
+"""
+
+from __future__ import annotations
+
+
+class FxQuantError(Exception):
+    """Base of every error that fxquant raises on purpose."""
+
+
+class TraceError(FxQuantError, RuntimeError):
+    """The model could not be turned into a graph."""
+
+
+class PatternError(FxQuantError, ValueError):
+    """A fusion pattern is defined in a way that can never work."""
+
+
+class CalibrationError(FxQuantError, ValueError):
+    """Calibration data is missing, malformed or not finite."""
+
+
+class ConfigError(FxQuantError, ValueError):
+    """An argument, configuration, override or backend name is not usable."""
+
+
+class QParamError(FxQuantError, ValueError):
+    """A scale or zero point is not usable."""
+
+
+class VerifyError(FxQuantError, AssertionError):
+    """A pass left the graph in a state its stage does not allow."""
+
+
+class LoweringError(FxQuantError, RuntimeError):
+    """A backend could not be used, or nothing in the model could become int8."""
+
+
+class LoadError(FxQuantError, OSError):
+    """A saved artefact cannot be read."""
+
+
+class FxQuantWarning(UserWarning):
+    """Base of every warning that fxquant gives."""
+
+
+class CalibrationWarning(FxQuantWarning):
+    """Calibration finished, but something about the data deserves a look."""
+
+
+class SpeedWarning(FxQuantWarning):
+    """The quantized model was measured slower than its float original."""

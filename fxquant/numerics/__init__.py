@@ -1,0 +1,1 @@
+"""Quantization arithmetic on plain tensors; this package knows nothing of graphs."""
