@@ -1,0 +1,122 @@
+"""What fxquant knows of a node: one frozen record under one metadata key.
+
+A record never holds a :class:`torch.fx.Node`: node references inside metadata rot on the
+first rewrite. Groups of nodes (fused units, shared scales) are labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch.fx import Node
+
+from fxquant.spec import QConfig
+
+KEY: Final = "fxquant"
+ValueKind = Literal["tensor", "tensors", "scalar", "sizes", "unknown"]
+
+
+@dataclass(frozen=True)
+class QType:
+    """The type of a quantized edge: ``real = (code - zero_point) * scale``.
+
+    Args:
+        scale: real units per code.
+        zero_point: the code that means 0.0.
+        quant_min: smallest code in use.
+        quant_max: largest code in use.
+        dtype: ``torch.uint8`` or ``torch.int8``.
+    """
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}(scale={self.scale:.6g}, zero_point={self.zero_point})"
+
+    @property
+    def low(self) -> float:
+        """The smallest real value that can be represented."""
+        return (self.quant_min - self.zero_point) * self.scale
+
+    @property
+    def high(self) -> float:
+        """The largest real value that can be represented."""
+        return (self.quant_max - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether an op runs in int8, and who decided that and why.
+
+    Args:
+        int8: the outcome.
+        why: one sentence for a person.
+        by: the rule, override, pass or backend that decided.
+    """
+
+    int8: bool
+    why: str
+    by: str
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Everything recorded about one node.
+
+    Args:
+        path: where the op lives in the user's model, such as ``layer1.0.conv1``.
+        source: the user's line that wrote it, ``file.py:12``.
+        origins: names of the captured nodes it comes from.
+        rules: names of the rules that made or changed it, oldest first.
+        owners: the enclosing modules as ``(path, class)``, outermost first.
+        value: whether it yields a tensor, a tuple of tensors, one number, or a shape.
+        config: the configuration that applies; ``None`` means float.
+        configured_by: the override or default that chose ``config``.
+        unit: label of the fused unit it belongs to.
+        decision: int8 or float, and why.
+        qtype: the quantized type of its value, once it is known.
+        reads: for a lowered op, the edge types its tensor arguments must have, in order.
+        writes: for a lowered op, the edge type of its value.
+        shape: shape of its value when calibration saw it.
+        opaque: why the op table has no canonical form for it.
+        pinned: why its memory must stay as it is (something is written into it in place).
+    """
+
+    path: str = ""
+    source: str = ""
+    origins: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    owners: tuple[tuple[str, type], ...] = ()
+    value: ValueKind = "unknown"
+    config: QConfig | None = None
+    configured_by: str = ""
+    unit: str | None = None
+    decision: Decision | None = None
+    qtype: QType | None = None
+    reads: tuple[QType | None, ...] | None = None
+    writes: QType | None = None
+    shape: tuple[int, ...] | None = None
+    opaque: str = ""
+    pinned: str = ""
+
+
+_EMPTY: Final = NodeInfo()
+
+
+def info(node: Node) -> NodeInfo:
+    """The record of ``node``, an empty one if nothing is known."""
+    found = node.meta.get(KEY, _EMPTY)
+    return found if isinstance(found, NodeInfo) else _EMPTY
+
+
+def write_info(node: Node, **changes: Any) -> None:
+    """Replace fields of a node's record; for :mod:`fxquant.graph` only, others use the editor."""
+    node.meta[KEY] = dataclasses.replace(info(node), **changes)

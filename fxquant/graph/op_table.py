@@ -1,0 +1,211 @@
+"""The op table: one record per canonical op, with every spelling. No other file knows spellings.
+
+Entries of one topic stand together: :mod:`fxquant.graph.table_weights` (ops with parameters),
+:mod:`fxquant.graph.table_pointwise` and :mod:`fxquant.graph.table_moves`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.ops import Kind, Op, Spelling
+from fxquant.graph.table_entry import entry, sig
+from fxquant.graph.table_moves import MOVES
+from fxquant.graph.table_pointwise import POINTWISE
+from fxquant.graph.table_weights import WEIGHTED
+
+QUANTIZE: Final = "quantize"
+DEQUANTIZE: Final = "dequantize"
+DEQUANTIZE_WEIGHT: Final = "dequantize_weight"
+
+
+def _index(ops: tuple[Op, ...]) -> tuple[
+    dict[str, Op],
+    dict[Callable[..., Any], tuple[Op, Spelling]],
+    dict[str, tuple[Op, Spelling]],
+    dict[type[nn.Module], Op],
+]:
+    names: dict[str, Op] = {}
+    functions: dict[Callable[..., Any], tuple[Op, Spelling]] = {}
+    methods: dict[str, tuple[Op, Spelling]] = {}
+    modules: dict[type[nn.Module], Op] = {}
+    for op in ops:
+        if op.name in names:
+            raise ValueError(f"the op table has two records named {op.name!r}")
+        names[op.name] = op
+        for function, spelling in op.functions.items():
+            if function in functions:
+                raise ValueError(f"{function} spells both {op.name} and {functions[function][0]}")
+            functions[function] = (op, spelling)
+        for method, spelling in op.methods.items():
+            if method in methods:
+                raise ValueError(f".{method}() spells both {op.name} and {methods[method][0]}")
+            methods[method] = (op, spelling)
+        for cls in op.modules:
+            modules[cls] = op
+    return names, functions, methods, modules
+
+
+OPS: Final = (*WEIGHTED, *POINTWISE, *MOVES)
+_NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
+_TARGETS: Final[dict[Callable[..., Any], Op]] = {
+    op.target: op for op in OPS if op.target is not None
+}
+
+
+def op_named(name: str) -> Op:
+    """The op called ``name``.
+
+    Raises:
+        KeyError: there is none; the message lists near names.
+    """
+    return _NAMES[name]
+
+
+def has_op(name: str) -> bool:
+    """Whether the table has an op called ``name``."""
+    return name in _NAMES
+
+
+def op_names() -> tuple[str, ...]:
+    """The names of all canonical ops, in table order."""
+    return tuple(_NAMES)
+
+
+def function_spelling(function: object) -> tuple[Op, Spelling] | None:
+    """The op that a function spells, if the table knows it."""
+    try:
+        return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]
+    except TypeError:  # unhashable callables are nobody's spelling
+        return None
+
+
+def method_spelling(name: str) -> tuple[Op, Spelling] | None:
+    """The op that a tensor method spells, if the table knows it."""
+    return _METHODS.get(name)
+
+
+def module_op(module: nn.Module) -> Op | None:
+    """The op that a module spells: its class, or a subclass that keeps its ``forward``."""
+    found = _MODULES.get(type(module))
+    if found is not None:
+        return found
+    for cls in type(module).__mro__[1:]:
+        if cls in _MODULES:
+            same = type(module).forward is cls.forward
+            return _MODULES[cls] if same and not _overrides(type(module), cls) else None
+    return None
+
+
+def _overrides(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    name = "_conv_forward"
+    return getattr(cls, name, None) is not getattr(base, name, None)
+
+
+def register_boundary(name: str, target: Callable[..., Any]) -> None:
+    """Tell the table which function moves between float and codes.
+
+    ``graph`` and ``numerics`` are blind to each other, so the floor above introduces them.
+
+    Args:
+        name: :data:`QUANTIZE`, :data:`DEQUANTIZE` or :data:`DEQUANTIZE_WEIGHT`.
+        target: the function; its signature becomes the op's.
+    """
+    op = entry(name, Kind.BOUNDARY, target, sig(target), tensors=_BOUNDARY_TENSORS[name])
+    _NAMES[name] = op
+    _TARGETS[target] = op
+
+
+_BOUNDARY_TENSORS: Final[Mapping[str, tuple[str, ...]]] = {
+    QUANTIZE: ("x",),
+    DEQUANTIZE: ("q",),
+    DEQUANTIZE_WEIGHT: ("q", "scale"),
+}
+
+
+def op_of(node: Node) -> Op | None:
+    """The canonical op that ``node`` calls, or ``None``; only for canonicalized graphs."""
+    if node.op == "call_function":
+        try:
+            return _TARGETS.get(node.target)  # type: ignore[arg-type]
+        except TypeError:  # unhashable callables are nobody's target
+            return None
+    if node.op == "call_module":
+        found = module_op(module_of(node))
+        return found if found is not None and found.target is None else None
+    return None
+
+
+def module_of(node: Node) -> nn.Module:
+    """The module that a ``call_module`` node calls."""
+    owner = node.graph.owning_module
+    if not isinstance(owner, GraphModule) or not isinstance(node.target, str):
+        raise TypeError(f"{node} calls no module of a GraphModule")
+    return owner.get_submodule(node.target)
+
+
+def is_op(node: object, *names: str) -> bool:
+    """Whether ``node`` is a canonical call of one of the named ops."""
+    if not isinstance(node, Node):
+        return False
+    found = op_of(node)
+    return found is not None and found.name in names
+
+
+def argument(node: Node, name: str) -> Any:
+    """The value of the argument called ``name`` of a canonical call.
+
+    Raises:
+        KeyError: the op has no such argument.
+    """
+    op = op_of(node)
+    if op is None:
+        raise KeyError(f"{node} is no canonical op, so it has no argument {name!r}")
+    if name in op.tensors:
+        place = op.tensors.index(name)
+        if place < len(node.args):
+            return node.args[place]
+        return op.signature.parameters[name].default
+    if node.op == "call_module":
+        return getattr(module_of(node), name)
+    if name in node.kwargs:
+        return node.kwargs[name]
+    places = list(op.signature.parameters)
+    if places.index(name) < len(node.args):
+        return node.args[places.index(name)]
+    return op.signature.parameters[name].default
+
+
+SCALAR_ARITHMETIC: Final = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.truediv,
+        operator.mod,
+        operator.neg,
+        operator.pow,
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.ifloordiv,
+        min,
+        max,
+        int,
+        float,
+        round,
+        abs,
+        torch.sym_int,
+        torch.sym_float,
+        torch.sym_max,
+        torch.sym_min,
+    }
+)
+"""Functions that give a number when all their arguments are numbers."""

@@ -1,0 +1,178 @@
+"""The op table's vocabulary: what an op is, and how a call of any spelling is read.
+
+The table itself, one record per canonical op, is :mod:`fxquant.graph.op_table`. Canonical
+form: an op with parameters is a ``call_module`` of its standard ``nn`` class; every other op
+is a ``call_function`` of :attr:`Op.target` with its tensor arguments positional and all other
+arguments as keywords, defaults written out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final
+
+from torch import nn
+from torch.fx import Node
+
+Function = Callable[..., Any]
+
+
+class Kind(Enum):
+    """How an op behaves towards quantization."""
+
+    CONTRACT = "multiplies by a weight and adds up: convolution, linear"
+    UNARY = "one real function of each element: a 256-entry table can hold it"
+    MOVE = "moves or selects elements: codes pass through untouched"
+    JOIN = "puts tensors side by side: its inputs and its output share one scale"
+    ARITH = "arithmetic on elements that needs scales: add, mul, average, affine"
+    SHAPE = "answers a question about a tensor; its value is not a tensor"
+    SPLIT = "cuts a tensor into a tuple of tensors"
+    FLOAT = "needs floating point"
+    BOUNDARY = "changes between float and codes"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write an op.
+
+    Args:
+        signature: the parameters of this spelling, with their defaults.
+        inplace: whether it overwrites its first argument.
+    """
+
+    signature: inspect.Signature
+    inplace: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One canonical op.
+
+    Args:
+        name: its name in patterns, reports and messages.
+        kind: how it behaves towards quantization.
+        target: the function a canonical call names; ``None`` if it is a module call.
+        signature: canonical parameters and defaults.
+        tensors: which of the parameters are tensors, in order.
+        functions: functions that spell it.
+        methods: tensor methods that spell it.
+        modules: ``nn`` classes that spell it.
+        commutes: whether the first two tensor arguments may be swapped.
+        alias: whether the result may share memory with its first argument.
+        build: makes the ``nn`` module of a functional call, for ops with parameters.
+        absorb: arguments of spellings that canonical form leaves out, with the values that
+            may be left out; another value makes the call opaque.
+    """
+
+    name: str
+    kind: Kind
+    target: Function | None
+    signature: inspect.Signature
+    tensors: tuple[str, ...] = ("input",)
+    functions: Mapping[Function, Spelling] = field(default_factory=dict)
+    methods: Mapping[str, Spelling] = field(default_factory=dict)
+    modules: tuple[type[nn.Module], ...] = ()
+    commutes: bool = False
+    alias: bool = False
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    absorb: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    module_constants: Mapping[type[nn.Module], Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the parameters that are not tensors."""
+        return tuple(name for name in self.signature.parameters if name not in self.tensors)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call read through the op table: which op, with which arguments.
+
+    Args:
+        op: the canonical op.
+        arguments: canonical argument name to value; nodes stay nodes.
+        inplace: whether this spelling overwrites its first argument.
+    """
+
+    op: Op
+    arguments: dict[str, Any]
+    inplace: bool
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a call has no canonical form.
+
+    Args:
+        reason: one sentence.
+    """
+
+    reason: str
+
+
+_RENAMED: Final = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "axis0": "dim0",
+    "axis1": "dim1",
+}
+_SWITCHES: Final = {"inplace": (True, False)}
+
+
+def bind(op: Op, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> (
+    Call | Unreadable
+):
+    """Read one call of ``spelling`` into canonical arguments.
+
+    Args:
+        op: the op that ``spelling`` writes.
+        spelling: how it is written.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The call, or why it cannot be read.
+    """
+    names = spelling.signature.parameters
+    renamed = {_RENAMED.get(k, k) if k not in names else k: v for k, v in kwargs.items()}
+    try:
+        bound = spelling.signature.bind(*args, **renamed)
+    except TypeError as error:
+        return Unreadable(f"its arguments do not fit {op.name}{spelling.signature}: {error}")
+    bound.apply_defaults()
+    values = {name: _unwrap(names[name], value) for name, value in bound.arguments.items()}
+    inplace = spelling.inplace or values.get("inplace") is True
+    for name in [n for n in values if n not in op.signature.parameters]:
+        allowed = op.absorb.get(name, _SWITCHES.get(name, ()))
+        value = values.pop(name)
+        if isinstance(value, Node) or not any(value is a or value == a for a in allowed):
+            return Unreadable(f"{op.name} has no canonical form with {name}={value!r}")
+    for name, parameter in op.signature.parameters.items():
+        values.setdefault(name, parameter.default)
+    return Call(op, {name: values[name] for name in op.signature.parameters}, inplace)
+
+
+def _unwrap(parameter: inspect.Parameter, value: Any) -> Any:
+    """``view(2, 3)`` and ``view((2, 3))`` are the same call."""
+    if parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+        return value
+    if len(value) == 1 and isinstance(value[0], tuple | list):
+        return tuple(value[0])
+    # A lone node may be a whole torch.Size: `x.view(y.shape)`; the caller decides by its kind.
+    return tuple(value)
+
+
+def module_arguments(op: Op, module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Canonical arguments of a call of ``module`` that spells an op without parameters."""
+    constants = op.module_constants.get(type(module), {})
+    values: dict[str, Any] = dict(zip(op.tensors, args, strict=False))
+    for name in op.options:
+        default = op.signature.parameters[name].default
+        values[name] = constants.get(name, getattr(module, name, default))
+    return values

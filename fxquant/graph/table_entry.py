@@ -1,0 +1,60 @@
+"""How an op-table record is written: short constructors for the table files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxquant.graph.ops import Function, Kind, Op, Spelling
+
+
+def sig(like: Callable[..., Any]) -> inspect.Signature:
+    """The signature that ``like`` (usually a lambda returning ``None``) is written with."""
+    return inspect.signature(like)
+
+
+def spellings(
+    keys: tuple[Any, ...], like: Callable[..., Any], *, inplace: bool = False
+) -> dict[Any, Spelling]:
+    """The same signature for several functions or methods."""
+    return {key: Spelling(sig(like), inplace) for key in keys}
+
+
+def entry(  # noqa: PLR0913 - a table row has that many columns
+    name: str,
+    kind: Kind,
+    target: Function | None,
+    signature: inspect.Signature,
+    *,
+    tensors: tuple[str, ...] = ("input",),
+    functions: Mapping[Function, Spelling] | None = None,
+    methods: Mapping[str, Spelling] | None = None,
+    modules: tuple[type[nn.Module], ...] = (),
+    commutes: bool = False,
+    alias: bool = False,
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+    absorb: Mapping[str, tuple[Any, ...]] | None = None,
+    module_constants: Mapping[type[nn.Module], Mapping[str, Any]] | None = None,
+) -> Op:
+    """One record; the canonical target is always one of its own spellings."""
+    all_functions = dict(functions or {})
+    if target is not None:
+        all_functions.setdefault(target, Spelling(signature))
+    return Op(
+        name=name,
+        kind=kind,
+        target=target,
+        signature=signature,
+        tensors=tensors,
+        functions=all_functions,
+        methods=dict(methods or {}),
+        modules=modules,
+        commutes=commutes,
+        alias=alias,
+        build=build,
+        absorb=dict(absorb or {}),
+        module_constants=dict(module_constants or {}),
+    )

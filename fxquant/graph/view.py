@@ -1,0 +1,184 @@
+"""Reading a graph: fused units, canonical text, and the networkx view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+from fxquant.graph.info import info
+from fxquant.graph.op_table import module_of, op_of
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One use of a value.
+
+    Args:
+        user: the node that reads it.
+        source: the node that makes it.
+    """
+
+    user: Node
+    source: Node
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Nodes that run as one op.
+
+    Args:
+        nodes: the members, in graph order.
+        inputs: the edges that enter, each with the tensor that is read.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Edge, ...]
+
+    @property
+    def head(self) -> Node:
+        """The member that names the unit: its convolution or linear, else its first node."""
+        return self.nodes[0]
+
+    @property
+    def output(self) -> Node:
+        """The member that others read."""
+        return self.nodes[-1]
+
+
+def flat_nodes(value: Any) -> Iterator[Node]:
+    """Every node inside an argument, in order, with repeats."""
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from flat_nodes(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from flat_nodes(item)
+    elif isinstance(value, slice):
+        yield from flat_nodes((value.start, value.stop, value.step))
+
+
+def tensor_sources(node: Node) -> tuple[Node, ...]:
+    """The nodes a canonical call reads as tensors, in argument order, with repeats."""
+    op = op_of(node)
+    if op is None:
+        return ()
+    if node.op == "call_module":
+        return tuple(flat_nodes(node.args))
+    return tuple(flat_nodes(node.args[: len(op.tensors)]))
+
+
+def units(graph: Graph) -> tuple[Unit, ...]:
+    """The fused units of a graph, in graph order of their outputs; a lone op is a unit too."""
+    members: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if op_of(node) is not None:
+            members.setdefault(info(node).unit or node.name, []).append(node)
+    found: dict[Node, Unit] = {}
+    for nodes in members.values():
+        inside = dict.fromkeys(nodes)
+        edges = tuple(
+            Edge(node, source)
+            for node in nodes
+            for source in tensor_sources(node)
+            if source not in inside
+        )
+        found[nodes[-1]] = Unit(tuple(nodes), edges)
+    return tuple(found[node] for node in graph.nodes if node in found)
+
+
+def single_user(node: Node) -> Node | None:
+    """The only user of ``node``, or ``None``; ``a + a`` counts as one user."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def positions(graph: Graph) -> dict[Node, int]:
+    """Where each node stands."""
+    return {node: place for place, node in enumerate(graph.nodes)}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Node):
+        return f"%{value.name}"
+    if isinstance(value, tuple):
+        inner = ", ".join(_text(item) for item in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"{_text(value.start)}:{_text(value.stop)}:{_text(value.step)}"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return repr(value)
+
+
+def what(node: Node) -> str:
+    """What a node calls, in one word: the canonical op, else the target's own name."""
+    op = op_of(node)
+    if op is not None:
+        return op.name
+    if node.op == "call_module":
+        return type(module_of(node)).__name__
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return node.op if node.op in ("placeholder", "output") else str(node.target)
+
+
+def render_node(node: Node) -> str:
+    """One line of canonical text: ``%add = add(%a, %b, alpha=1)``."""
+    if node.op == "output":
+        return f"return {_text(node.args[0])}"
+    if node.op == "placeholder":
+        return f"%{node.name} = input({node.target})"
+    if node.op == "get_attr":
+        return f"%{node.name} = attribute({node.target})"
+    where = f"[{node.target}]" if node.op == "call_module" else ""
+    given = [_text(value) for value in node.args]
+    given += [f"{name}={_text(value)}" for name, value in node.kwargs.items()]
+    record = info(node)
+    tail = f"  # unit {record.unit}" if record.unit else ""
+    if record.writes is not None:
+        tail += f"  # -> {record.writes}"
+    return f"%{node.name} = {what(node)}{where}({', '.join(given)}){tail}"
+
+
+def render(graph: Graph) -> str:
+    """The canonical text of a graph: one line a node, the same for the same graph."""
+    return "\n".join(render_node(node) for node in graph.nodes)
+
+
+def around(node: Node, lines: int = 5) -> str:
+    """The canonical text of the nodes around ``node``, which is marked with ``>``."""
+    before: list[Node] = []
+    walk = node.prev
+    while walk.op != "root" and len(before) < lines:
+        before.append(walk)
+        walk = walk.prev
+    after: list[Node] = []
+    walk = node.next
+    while walk.op != "root" and len(after) < lines:
+        after.append(walk)
+        walk = walk.next
+    text = [f"  {render_node(n)}" for n in reversed(before)]
+    return "\n".join([*text, f"> {render_node(node)}", *(f"  {render_node(n)}" for n in after)])
+
+
+def to_networkx(graph: Graph) -> nx.MultiDiGraph[str]:
+    """The dataflow as a MultiDiGraph: ``a * a`` has two edges, each with its argument place."""
+    view: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+    for node in graph.nodes:
+        view.add_node(node.name, op=what(node), path=info(node).path)
+        arguments: Iterable[Any] = (*node.args, *node.kwargs.values())
+        for place, source in enumerate(flat_nodes(tuple(arguments))):
+            view.add_edge(source.name, node.name, place=place)
+    return view

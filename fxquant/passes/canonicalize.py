@@ -1,0 +1,268 @@
+"""Canonicalize: one spelling per op, defaults written out, identities gone.
+
+``F.relu``, ``torch.relu``, ``x.relu()``, ``x.relu_()`` and ``nn.ReLU`` become one call; ops with
+parameters become calls of the standard ``nn`` modules; ``2 + x`` becomes ``add(x, 2)``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.info import ValueKind, info
+from fxquant.graph.op_table import (
+    SCALAR_ARITHMETIC,
+    function_spelling,
+    method_spelling,
+    module_of,
+    module_op,
+    op_named,
+    op_of,
+)
+from fxquant.graph.ops import Call, Kind, Op, Unreadable, bind, module_arguments
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import flat_nodes
+from fxquant.passes.base import Pass
+
+_NUMBERS: Final = ("scalar", "sizes")
+_QUESTIONS: Final = {"shape": "size", "ndim": "dim"}
+_PLAIN_FACTS: Final = ("dtype", "device", "is_cuda", "layout", "requires_grad")
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Respell every call the op table can read; the rest is marked with the reason."""
+
+    name: ClassVar[str] = "canonicalize"
+    needs: ClassVar[Stage] = Stage.CAPTURED
+    gives: ClassVar[Stage] = Stage.CANONICAL
+
+    def run(self, editor: Editor) -> None:
+        """Walk the graph in order, so that the kinds of a node's inputs are known."""
+        for node in list(editor.graph.nodes):
+            if node.op == "call_module":
+                self._module(editor, node)
+            elif node.op in ("call_function", "call_method"):
+                self._call(editor, node)
+            elif node.op in ("placeholder", "get_attr"):
+                kind: ValueKind = "scalar" if node.args else "tensor"
+                editor.note_values(node, value=kind)
+        with editor.rule("drop-dead"):
+            editor.clean()
+
+    def _module(self, editor: Editor, node: Node) -> None:
+        module = module_of(node)
+        if isinstance(module, nn.Identity):
+            _forward(editor, node)
+            return
+        op = module_op(module)
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if op is None or hooks or len(node.args) + len(node.kwargs) != 1:
+            why = "it carries forward hooks" if hooks else f"no int8 form of {_class(module)} known"
+            editor.note_values(node, opaque=why, value="unknown")
+            return
+        args = (*node.args, *node.kwargs.values())
+        if op.target is None:
+            editor.note_values(node, value="tensor")
+            if node.kwargs:
+                with editor.rule("canonicalize"):
+                    editor.set_call(node, node.target, args, {})
+            return
+        if getattr(module, "return_indices", False):
+            editor.note_values(node, opaque="it returns indices", value="unknown")
+            return
+        _respell(editor, node, Call(op, module_arguments(op, module, args), inplace=False))
+
+    def _call(self, editor: Editor, node: Node) -> None:
+        if _is_number(node):
+            _note_number(editor, node)
+            return
+        if node.target is builtins.getattr:
+            _attribute(editor, node)
+            return
+        found = (
+            function_spelling(node.target)
+            if node.op == "call_function"
+            else method_spelling(str(node.target))
+        )
+        if found is None:
+            name = getattr(node.target, "__name__", node.target)
+            editor.note_values(node, opaque=f"the op table does not know {name}", value="unknown")
+            return
+        call = bind(*found, tuple(node.args), node.kwargs)
+        if isinstance(call, Call):
+            call = _settle(call)
+        if isinstance(call, Unreadable):
+            editor.note_values(node, opaque=call.reason, value="unknown")
+            return
+        if info(node).pinned and call.inplace:
+            editor.note_values(node, opaque=f"it {info(node).pinned[1:]}", value="unknown")
+            return
+        _respell(editor, node, call)
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _is_number(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    inputs = list(flat_nodes(node.args))
+    if not inputs or not all(info(source).value in _NUMBERS for source in inputs):
+        return False
+    return node.target in SCALAR_ARITHMETIC or node.target is operator.getitem
+
+
+def _note_number(editor: Editor, node: Node) -> None:
+    first = node.args[0]
+    sizes = any(info(source).value == "sizes" for source in flat_nodes(node.args))
+    if node.target is operator.getitem and isinstance(first, Node):
+        sizes = info(first).value == "sizes" and isinstance(node.args[1], slice)
+    editor.note_values(node, value="sizes" if sizes else "scalar")
+
+
+def _attribute(editor: Editor, node: Node) -> None:
+    """``x.shape`` is ``size(x)``; ``x.dtype`` and the like are facts, not tensors."""
+    source, name = node.args[0], str(node.args[1])
+    if name in _QUESTIONS:
+        op = op_named(_QUESTIONS[name])
+        options = {option: op.signature.parameters[option].default for option in op.options}
+        _respell(editor, node, Call(op, {"input": source, **options}, inplace=False))
+    elif name in _PLAIN_FACTS:
+        editor.note_values(node, value="scalar")
+    else:
+        editor.note_values(node, opaque=f"the op table does not know .{name}", value="unknown")
+
+
+def _settle(call: Call) -> Call | Unreadable:
+    """Put the tensor first where order does not matter; refuse what cannot be said canonically."""
+    op, given = call.op, call.arguments
+    first = given[op.tensors[0]]
+    if op.tensors == ("tensors",):
+        parts = first if isinstance(first, tuple | list) else ()
+        if not parts or not all(isinstance(part, Node) for part in parts):
+            return Unreadable(f"{op.name} of something that is not a list of tensors")
+        return call
+    if op.commutes and not _is_tensor(first):
+        other = given[op.tensors[1]]
+        if given.get("alpha", 1) != 1 or not _is_tensor(other):
+            return Unreadable(f"{op.name} of two numbers, or with a scaled constant")
+        return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
+    if not _is_tensor(first):
+        return Unreadable(f"{op.name} of the constant {first!r}")
+    for name, value in given.items():
+        if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Node):
+            if info(value[0]).value == "sizes":
+                return Call(op, {**given, name: value[0]}, call.inplace)
+    return call
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and info(value).value not in _NUMBERS
+
+
+def _value_kind(op: Op, arguments: Mapping[str, Any]) -> ValueKind:
+    if op.kind is Kind.SPLIT:
+        return "tensors"
+    if op.kind is Kind.SHAPE:
+        return "sizes" if op.name == "size" and arguments["dim"] is None else "scalar"
+    if op.name == "getitem":
+        source = arguments["input"]
+        known = isinstance(source, Node) and info(source).value in ("tensor", "tensors")
+        return "tensor" if known else "unknown"
+    return "tensor"
+
+
+def _respell(editor: Editor, node: Node, call: Call) -> None:
+    """Write ``node`` in canonical form, where it stands."""
+    op, given = call.op, call.arguments
+    if op.build is not None:
+        _adopt(editor, node, op, given)
+        return
+    if _is_identity(op, given):
+        _forward(editor, node)
+        return
+    kind = _value_kind(op, given)
+    if op.name == "size" and given["dim"] is None:
+        given = {"input": given["input"]}
+    tensors = tuple(given[name] for name in op.tensors)
+    options = {name: given[name] for name in op.options if name in given}
+    # C-implemented targets that take no keywords get their options by position.
+    if op.target in _POSITIONAL:
+        args, kwargs = (*tensors, *options.values()), {}
+    else:
+        args, kwargs = tensors, options
+    with editor.rule("canonicalize"):
+        if not (node.target is op.target and node.args == args and node.kwargs == kwargs):
+            editor.set_call(node, op.target, args, kwargs)
+    editor.note_values(node, value=kind)
+
+
+_POSITIONAL: Final = (
+    operator.getitem,
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.expand,
+    torch.Tensor.repeat,
+)
+
+
+def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
+    if op.name == "dropout":
+        return given["training"] is False or given["p"] == 0
+    return op.name in ("contiguous", "clone")
+
+
+def _forward(editor: Editor, node: Node) -> None:
+    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    if not isinstance(source, Node):
+        return
+    with editor.rule("drop-identity"):
+        editor.replace(node, source)
+
+
+def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
+    """Turn ``F.conv2d(x, self.w)`` into a call of an ``nn.Conv2d`` that owns ``self.w``."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == op.tensors[0]:
+            continue
+        if isinstance(value, Node):
+            if value.op != "get_attr":
+                why = f"its {name} is computed by %{value.name} in every call"
+                editor.note_values(node, opaque=why, value="tensor")
+                return
+            value = _tensor_at(editor, str(value.target))
+        values[name] = value
+    if op.build is None or values.get("weight", values.get("running_mean")) is None:
+        editor.note_values(node, opaque=f"{op.name} without a weight", value="tensor")
+        return
+    with editor.rule("canonicalize"):
+        path = editor.add_module(_module_path(node, op), op.build(values))
+        editor.set_call(node, path, (given[op.tensors[0]],), {})
+        editor.annotate(node, path=path)
+    editor.note_values(node, value="tensor")
+
+
+def _module_path(node: Node, op: Op) -> str:
+    owners = info(node).owners
+    return f"{owners[-1][0]}.{op.name}" if owners else op.name
+
+
+def _tensor_at(editor: Editor, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(editor.module.get_submodule(parent), leaf)
+
+
+def is_canonical(node: Node) -> bool:
+    """Whether ``node`` is a call in canonical form."""
+    return op_of(node) is not None

@@ -1,0 +1,118 @@
+"""Functionalize: after an in-place op, later readers of the tensor read the op's result.
+
+    y = relu_(x); return x + y      ->      y = relu(x); return y + y
+
+Where a view of the memory is read later (``x[:, 0].zero_(); use(x)``) no rewrite of names is
+right: the op keeps writing in place, and the memory is pinned so that nothing else moves it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.op_table import function_spelling, method_spelling, module_of, module_op
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import positions
+from fxquant.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class Functionalize(Pass):
+    """Rewire the readers of overwritten tensors."""
+
+    name: ClassVar[str] = "functionalize"
+    needs: ClassVar[Stage] = Stage.CAPTURED
+    gives: ClassVar[Stage] = Stage.CAPTURED
+
+    def run(self, editor: Editor) -> None:
+        """Walk the graph in order, following memory through views."""
+        nodes = list(editor.graph.nodes)
+        writers = [node for node in nodes if overwrites(node)]
+        if not writers:
+            return
+        order = positions(editor.graph)
+        memory = _memory(nodes)
+        for node in writers:
+            target = node.args[0] if node.args else None
+            if isinstance(target, Node):
+                self._settle(editor, node, target, order, memory)
+
+    def _settle(
+        self,
+        editor: Editor,
+        node: Node,
+        target: Node,
+        order: dict[Node, int],
+        memory: dict[Node, Node],
+    ) -> None:
+        later = [user for user in target.users if order[user] > order[node]]
+        aliases = [n for n, root in memory.items() if root is memory[target] and n is not target]
+        viewed = [n for n in aliases if any(order[u] > order[node] for u in n.users) and n is not node]
+        if node.target is operator.setitem or viewed:
+            why = f"%{node.name} writes into its memory in place"
+            with editor.rule("pin-memory"):
+                for alias in (target, *aliases):
+                    editor.annotate(alias, pinned=why)
+            return
+        with editor.rule("functionalize"):
+            for user in later:
+                editor.replace_use(user, target, node)
+        memory[node] = node
+
+
+def _memory(nodes: list[Node]) -> dict[Node, Node]:
+    """Which earlier node's memory each node's value may share."""
+    root: dict[Node, Node] = {}
+    for node in nodes:
+        source = node.args[0] if node.args else None
+        shares = isinstance(source, Node) and (_is_view(node) or overwrites(node))
+        root[node] = root[source] if shares and isinstance(source, Node) else node
+    return root
+
+
+def _is_view(node: Node) -> bool:
+    if node.op == "call_function":
+        found = function_spelling(node.target)
+    elif node.op == "call_method":
+        found = method_spelling(str(node.target))
+    elif node.op == "call_module":
+        op = module_op(module_of(node))
+        return op is None or op.alias or op.name == "dropout"
+    else:
+        return False
+    if found is None:
+        # An unknown method may return a view; an unknown function makes something new.
+        return node.op == "call_method"
+    return found[0].alias or found[0].name == "dropout"
+
+
+def overwrites(node: Node) -> bool:
+    """Whether a captured call writes into its first argument."""
+    if node.op == "call_function":
+        if node.target is operator.setitem:
+            return True
+        found = function_spelling(node.target)
+        return (found is not None and found[1].inplace) or _asked(node, found)
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_module":
+        return bool(getattr(module_of(node), "inplace", False))
+    return False
+
+
+def _asked(node: Node, found: Any) -> bool:
+    """``F.relu(x, True)`` and ``F.relu(x, inplace=True)``."""
+    if found is None:
+        return node.kwargs.get("inplace") is True
+    names = list(found[1].signature.parameters)
+    if "inplace" not in names:
+        return False
+    place = names.index("inplace")
+    value = node.args[place] if place < len(node.args) else node.kwargs.get("inplace", False)
+    return value is True

@@ -1,0 +1,178 @@
+"""The one matcher, for fusion, lowering and user patterns.
+
+It walks from the pattern's last op backwards. Commutative ops are tried in both orders. What does
+not match is a :class:`Reject` with a sentence and the node; the nearest miss is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from fxquant.graph.op_table import argument, op_of
+from fxquant.graph.view import what
+from fxquant.patterns.expr import Expr, OpExpr, Var
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern fits.
+
+    Args:
+        root: the node that matched the outermost op.
+        nodes: all matched op nodes, root first.
+        bound: the values of named ops and variables.
+    """
+
+    root: Node
+    nodes: tuple[Node, ...]
+    bound: dict[str, Any]
+
+    def node(self, name: str) -> Node:
+        """The node called ``name`` in the pattern.
+
+        Raises:
+            KeyError: the pattern has no such name, or it stands for something not a node.
+        """
+        value = self.bound[name]
+        if not isinstance(value, Node):
+            raise KeyError(f"{name!r} is bound to {value!r}, which is not a node")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether an optional op called ``name`` was there."""
+        return name in self.bound
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Why a pattern does not fit at a place.
+
+    Args:
+        reason: one sentence.
+        node: the node that stands in the way.
+        matched: how many ops had fitted before.
+    """
+
+    reason: str
+    node: Node | None = None
+    matched: int = 0
+
+
+@dataclass
+class Misses:
+    """Keeps the nearest miss."""
+
+    best: Reject | None = None
+
+    def add(self, reject: Reject) -> None:
+        """Remember ``reject`` if more had fitted than in any before."""
+        if self.best is None or reject.matched > self.best.matched:
+            self.best = reject
+
+
+@dataclass(frozen=True)
+class _State:
+    nodes: tuple[Node, ...] = ()
+    bound: dict[str, Any] = field(default_factory=dict)
+
+    def with_node(self, node: Node, name: str | None) -> _State:
+        bound = {**self.bound, name: node} if name else self.bound
+        return _State((*self.nodes, node), bound)
+
+
+def find(expr: OpExpr, root: Node, misses: Misses | None = None) -> Iterator[Match]:
+    """Every way in which ``expr`` fits with its outermost op at ``root``.
+
+    Args:
+        expr: the pattern.
+        root: the candidate for its last op.
+        misses: keeps the nearest miss, if given.
+    """
+    notes = misses if misses is not None else Misses()
+    for state in _expr(expr, root, _State(), notes, outermost=True):
+        inside = dict.fromkeys(state.nodes)
+        twice = [v for v in _variables(expr, state) if isinstance(v, Node) and v in inside]
+        if twice:
+            notes.add(
+                Reject(
+                    f"{what(twice[0])} %{twice[0].name} is both inside the pattern and its input",
+                    twice[0],
+                    len(state.nodes),
+                )
+            )
+            continue
+        yield Match(root, state.nodes, state.bound)
+
+
+def _variables(expr: Expr, state: _State) -> Iterator[Any]:
+    if isinstance(expr, Var):
+        yield state.bound.get(expr.name)
+        return
+    for arg in expr.args:
+        yield from _variables(arg, state)
+
+
+def _expr(
+    expr: Expr, value: Any, state: _State, misses: Misses, *, outermost: bool = False
+) -> Iterator[_State]:
+    if isinstance(expr, Var):
+        if expr.name in state.bound and state.bound[expr.name] is not value:
+            misses.add(Reject(f"{expr.name!r} would stand for two values", None, len(state.nodes)))
+            return
+        yield _State(state.nodes, {**state.bound, expr.name: value})
+        return
+    why = _refuses(expr, value, outermost)
+    if why is None:
+        yield from _arguments(expr, value, state.with_node(value, expr.name), misses)
+    elif expr.optional:
+        yield from _expr(expr.args[0], value, state, misses, outermost=outermost)
+    else:
+        node = value if isinstance(value, Node) else None
+        misses.add(Reject(why, node, len(state.nodes)))
+
+
+def _refuses(expr: OpExpr, value: Any, outermost: bool) -> str | None:
+    """Why a value is not the op that ``expr`` asks for."""
+    if not isinstance(value, Node):
+        return f"expected {' or '.join(expr.ops)}, found the constant {value!r}"
+    op = op_of(value)
+    if op is None or op.name not in expr.ops:
+        return f"expected {' or '.join(expr.ops)}, found {what(value)} %{value.name}"
+    if not outermost and not expr.shared and len(value.users) > 1:
+        others = ", ".join(f"%{user.name}" for user in list(value.users)[1:4])
+        return f"{op.name} %{value.name} has more than one user: {others}"
+    for option, wanted in expr.attributes:
+        found = argument(value, option)
+        if found != wanted:
+            return f"{op.name} %{value.name} has {option}={found!r}, not {wanted!r}"
+    return expr.check(value) if expr.check is not None else None
+
+
+def _arguments(expr: OpExpr, node: Node, state: _State, misses: Misses) -> Iterator[_State]:
+    op = op_of(node)
+    given = list(node.args[: len(expr.args)])
+    if op is not None and op.tensors == ("tensors",) and node.args:
+        first = node.args[0]
+        given = list(first) if isinstance(first, tuple | list) else [first]
+    if len(given) < len(expr.args):
+        misses.add(Reject(f"%{node.name} has {len(given)} tensors", node, len(state.nodes)))
+        return
+    orders = [given]
+    if op is not None and op.commutes and len(given) == 2 and given[0] is not given[1]:
+        orders.append(given[::-1])
+    for order in orders:
+        yield from _in_order(expr.args, order, state, misses)
+
+
+def _in_order(
+    exprs: tuple[Expr, ...], values: list[Any], state: _State, misses: Misses
+) -> Iterator[_State]:
+    if not exprs:
+        yield state
+        return
+    for after in _expr(exprs[0], values[0], state, misses):
+        yield from _in_order(exprs[1:], values[1:], after, misses)

@@ -1,0 +1,132 @@
+"""What a converted model remembers of its making: the facts behind history, report and diff."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from torch import nn
+
+from fxquant.errors import ConfigError
+from fxquant.graph.diff import GraphState
+from fxquant.graph.edit import Edit
+from fxquant.graph.info import QType
+from fxquant.graph.verify import Stage
+from fxquant.numerics.observers import ObserverSummary
+
+KEY: Final = "fxquant"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One pass of a pipeline, as it ran.
+
+    Args:
+        name: the pass.
+        stage: the stage it left the graph in.
+        edits: what it changed, in order.
+        seconds: how long it took, verification included.
+        state: the graph after it; the graph before it is the previous snapshot's.
+        near: nearest misses of its rules as ``(rule, path, reason)``.
+    """
+
+    name: str
+    stage: Stage
+    edits: tuple[Edit, ...]
+    seconds: float
+    state: GraphState
+    near: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class OpRecord:
+    """What became of one op (a fused unit counts once).
+
+    Args:
+        path: module path in the user's model.
+        op: the canonical ops, ``conv2d+relu``.
+        int8: whether it computes on codes.
+        why: one sentence.
+        by: the rule, override, pass or backend that decided.
+        kernel: what runs it: a backend op, ``table``, ``reference``, ``float``.
+        reads: types of its tensor inputs; ``None`` is float.
+        weight: how its weight is stored, such as ``int8[channel 0]``; empty without a weight.
+        writes: type of its result; ``None`` is float.
+        source: the user's line.
+        origins: names of the captured nodes it comes from.
+        weights: number of weight elements.
+    """
+
+    path: str
+    op: str
+    int8: bool
+    why: str
+    by: str
+    kernel: str
+    reads: tuple[QType | None, ...] = ()
+    weight: str = ""
+    writes: QType | None = None
+    source: str = ""
+    origins: tuple[str, ...] = ()
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured forward of the float and the quantized model on the example batch.
+
+    Args:
+        float_ms: milliseconds, median.
+        quantized_ms: milliseconds, median.
+        slowest: ``(path, op, quantized microseconds, float microseconds)`` of the ops that lose
+            most, when the quantized model was slower.
+    """
+
+    float_ms: float
+    quantized_ms: float
+    slowest: tuple[tuple[str, str, float, float], ...] = ()
+
+
+@dataclass
+class Record:
+    """Everything a model made by fxquant remembers.
+
+    Args:
+        mode: the mode it was made in.
+        backend: the backend it runs on; empty until converted.
+        rung: how it was captured.
+        snapshots: the passes so far; the first is the capture.
+        ops: what became of each op; empty until converted.
+        observers: what each observer saw; empty until converted.
+        unseen: paths of sites calibration never reached.
+        bytes_before: size of the float parameters and buffers.
+        bytes_after: size of the converted parameters and buffers.
+        timing: the speed check, when it ran.
+        fit: names of the arguments bound at capture.
+    """
+
+    mode: str
+    backend: str = ""
+    rung: str = ""
+    snapshots: list[Snapshot] = field(default_factory=list)
+    ops: tuple[OpRecord, ...] = ()
+    observers: tuple[ObserverSummary, ...] = ()
+    unseen: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+    timing: Timing | None = None
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of a model that fxquant made.
+
+    Raises:
+        ConfigError: fxquant did not make it.
+    """
+    found = getattr(model, "meta", {}).get(KEY)
+    if not isinstance(found, Record):
+        raise ConfigError(
+            f"{type(model).__name__} was not made by fxquant: pass what quantize(), prepare() or "
+            "convert() returned"
+        )
+    return found
