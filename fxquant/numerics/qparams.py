@@ -134,6 +134,14 @@ class QParams:
                 f"{self.axis}: use .scale and .zero_point"
             )
 
+    def representable(self) -> tuple[Tensor, Tensor]:
+        """The smallest and largest number that has a code, float64, shape of ``scale``."""
+        scale = self.scale.to(torch.float64)
+        return (
+            (self.quant_min - self.zero_point) * scale,
+            (self.quant_max - self.zero_point) * scale,
+        )
+
     def same_as(self, other: QParams) -> bool:
         """Whether both describe exactly the same codes; no tolerance."""
         mine = (self.quant_min, self.quant_max, self.dtype, self.axis)
@@ -169,21 +177,31 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec, axis: int | None = No
     above = high.detach().reshape(-1).to(torch.float64)
     _check_range(below, above)
     below, above = below.clamp(max=0.0), above.clamp(min=0.0)
+    scale, zero_point = steps_from_range(below, above, spec)
+    return QParams(scale, zero_point, spec.quant_min, spec.quant_max, _STORAGE[spec.dtype], axis)
+
+
+def steps_from_range(low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """Return the scales (float32) and zero points (int32) for many ranges at once.
+
+    Args:
+        low: float64, any shape, at most 0.
+        high: float64, the shape of ``low``, at least 0.
+        spec: dtype, bits and symmetry.
+    """
     quant_min, quant_max = spec.quant_min, spec.quant_max
     if spec.symmetric:
         middle = 2 ** (spec.bits - 1) if spec.dtype == "uint8" else 0
         # The shorter side sets the scale, so that neither end of the range is clipped.
-        wide = torch.maximum(-below, above) / min(middle - quant_min, quant_max - middle)
+        wide = torch.maximum(-low, high) / min(middle - quant_min, quant_max - middle)
     else:
-        wide = (above - below) / (quant_max - quant_min)
+        wide = (high - low) / (quant_max - quant_min)
     scale = torch.where(wide == 0.0, 1.0, wide.clamp(min=SMALLEST_SCALE)).to(torch.float32)
     if spec.symmetric:
-        zero_point = torch.full_like(scale, middle, dtype=torch.int32)
-    else:
-        # From the float32 scale that will be used, not from the float64 one it was rounded from.
-        exact = quant_min - below / scale.to(torch.float64)
-        zero_point = exact.round().clamp(quant_min, quant_max).to(torch.int32)
-    return QParams(scale, zero_point, quant_min, quant_max, _STORAGE[spec.dtype], axis)
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    # From the float32 scale that will be used, not from the float64 one it was rounded from.
+    zero_point = (quant_min - low / scale.to(torch.float64)).round()
+    return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
 
 
 def _check_range(low: Tensor, high: Tensor) -> None:

@@ -1,0 +1,168 @@
+"""The default observer: a histogram of fixed size that follows the data, and the best range in it.
+
+The bins are ``2**e`` wide and lie at whole multiples of that, so a histogram that must cover more
+doubles its bins by adding up pairs, and the result is exactly what those bins would have counted
+from the start. Which bins are in use follows from the smallest and largest value alone: the order
+of the data does not matter. Bin k holds the x with ``trunc(x / 2**e) == k``: bin 0 lies on both
+sides of 0, for the many zeros of a ReLU, which are represented exactly and cause no error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import ConfigError
+from fxquant.numerics.error_search import search_range
+from fxquant.numerics.observer import Observer
+from fxquant.numerics.qparams import QParams
+from fxquant.spec import QSpec
+
+BINS: Final = 2048
+SAMPLED: Final = 2**18
+"""A larger tensor is counted by a regular sample of about this many of its values."""
+
+_REPORT_BINS: Final = 64
+_CHUNK: Final = 2**17  # Half a megabyte of float32: the passes over it stay in the cache.
+_SMALLEST_EXPONENT: Final = -126  # Its reciprocal is the largest power of two that float32 has.
+
+
+class HistogramObserver(Observer):
+    """Count values in 2,048 bins and choose the range of least mean squared error.
+
+    The range grows with the data by doubling the bins; minimum and maximum are exact. A tensor of
+    more than 262,144 values adds a regular sample of them (each weighing as many as it stands
+    for), whose stride has no common factor with the tensor's size: no channel, row or column is
+    left out. Which values are in the sample depends on the memory format.
+
+    Args:
+        spec: as for every observer; ``granularity`` must be ``"tensor"``.
+        path: as for every observer.
+        axis: not used.
+
+    Raises:
+        ConfigError: one scale per channel is asked for.
+
+    Example:
+        >>> observer = HistogramObserver(QSpec(), "conv1")
+        >>> _ = observer(torch.linspace(0, 1, 1000))
+        >>> observer.summary().clipped < 0.01
+        True
+    """
+
+    kind: ClassVar[str] = "histogram"
+    bins: Tensor
+    grid: Tensor
+
+    def __init__(self, spec: QSpec, path: str, axis: int | None = None) -> None:
+        super().__init__(spec, path, axis)
+        if self.axis is not None:
+            raise ConfigError(
+                f"{path}: the histogram observer has one scale per tensor; for one per channel "
+                "use observer='minmax' or 'moving_average'"
+            )
+        # bins[i] counts the x with trunc(x / 2**e) == first + i.
+        self.register_buffer("bins", torch.zeros(BINS, dtype=torch.int64))
+        self.register_buffer("grid", torch.tensor([_SMALLEST_EXPONENT, 0]))  # e, first
+
+    def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> int:
+        exponent, first = grid_for(
+            min(float(low), float(self.low), 0.0), max(float(high), float(self.high), 0.0)
+        )
+        self._regrid(exponent, first)
+        flat = values.view(-1)
+        stride = sample_stride(flat.numel())
+        for chunk in flat[::stride].split(_CHUNK):
+            # A power of two scales exactly, and the cast truncates: two cheap passes are exact.
+            place = chunk.mul(math.ldexp(1.0, -exponent)).to(torch.int16).sub_(first)
+            self.bins.add_(torch.bincount(place, minlength=BINS), alpha=stride)
+        return 0
+
+    def _regrid(self, exponent: int, first: int) -> None:
+        """Move to bins that are as wide or wider; every old bin lies inside one new bin."""
+        old_exponent, old_first = self.grid.tolist()
+        if (exponent, first) == (old_exponent, old_first):
+            return
+        used = self.bins.nonzero().view(-1)
+        # From 12 doublings on everything is in bin 0, whatever their number.
+        merged = 2 ** min(exponent - old_exponent, 12)
+        place = (used + old_first).div(merged, rounding_mode="trunc")
+        counts = self.bins[used]
+        self.bins.zero_().index_add_(0, place - first, counts)
+        self.grid.copy_(torch.tensor([exponent, first]))
+
+    def _chosen_range(self) -> tuple[Tensor, Tensor]:
+        low, high = min(float(self.low), 0.0), max(float(self.high), 0.0)
+        counts, edges = self.histogram()
+        # Bin 0 holds the zeros: whatever the range, they cost nothing.
+        counts[(edges[:-1] < 0.0) & (edges[1:] > 0.0)] = 0.0
+        if low < high:
+            low, high = search_range(counts, edges, low, high, self.spec)
+        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Return counts [2048] and their edges [2049], float64, on the CPU."""
+        exponent, first = self.grid.tolist()
+        places = torch.arange(first, first + BINS + 1, dtype=torch.float64)
+        # Bin 0 reaches down to -1, and so every bin below it lies one lower than its number.
+        places[places <= 0] -= 1
+        return self.bins.cpu().to(torch.float64), places * math.ldexp(1.0, exponent)
+
+    def _clipped(self, qparams: QParams, counted: float) -> float:
+        del counted
+        counts, edges = self.histogram()
+        # The outermost bins reach beyond the data: what is spread over them must not.
+        edges = edges.clamp(float(self.low), float(self.high))
+        half = qparams.scale_value / 2
+        low, high = (float(end) for end in qparams.representable())
+        inside = edges.clamp(low - half, high + half).diff() / edges.diff()
+        # A bin without width is that of a constant, which no range chosen from it leaves out.
+        inside = inside.where(edges.diff() > 0, 1.0)
+        return max(0.0, 1.0 - float((counts * inside).sum() / counts.sum()))
+
+    def _report_counts(self) -> tuple[int, ...]:
+        counts, edges = self.histogram()
+        low, high = float(self.low), float(self.high)
+        if low == high:
+            return (int(counts.sum()),)
+        middle = (edges[:-1] + edges[1:]) / 2
+        place = ((middle - low) / (high - low) * _REPORT_BINS).floor().clamp(0, _REPORT_BINS - 1)
+        merged = torch.zeros(_REPORT_BINS, dtype=torch.float64)
+        merged.index_add_(0, place.to(torch.int64), counts)
+        return tuple(int(n) for n in merged.tolist())
+
+
+def grid_for(low: float, high: float) -> tuple[int, int]:
+    """Return ``(e, first)``: the finest bins of which 2,048 cover ``low..high``, and the first.
+
+    Args:
+        low: at most 0, finite.
+        high: at least 0, finite.
+
+    Example:
+        >>> grid_for(-1.0, 2046.0), grid_for(-1.0, 2047.0)
+        ((0, -1), (1, 0))
+    """
+    exponent = max(math.frexp((high - low) / BINS)[1] - 1, _SMALLEST_EXPONENT)
+    while True:
+        first = math.trunc(math.ldexp(low, -exponent))
+        last = math.trunc(math.ldexp(high, -exponent))
+        if last - first < BINS:
+            return exponent, first
+        exponent += 1
+
+
+def sample_stride(count: int) -> int:
+    """Return the stride that leaves at most ``SAMPLED`` of ``count`` values; coprime to it.
+
+    Example:
+        >>> sample_stride(1000), sample_stride(2**18 * 2)
+        (1, 3)
+    """
+    stride = -(-count // SAMPLED)
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride
