@@ -1,0 +1,271 @@
+"""A graph as plain data: what a snapshot keeps, and what diffs compare.
+
+Tensors are not kept: a weight shows as its dtype and shape, and two graphs that differ only in
+the values of weights have equal states.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxquant.graph.info import QType, info
+from fxquant.graph.view import render_node, what
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An argument that is the value of another node.
+
+    Args:
+        name: the node that makes it.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An argument that holds other arguments.
+
+    Args:
+        kind: ``tuple``, ``list``, ``slice`` or ``dict``.
+        items: what it holds; of a dict, keys and values by turns.
+    """
+
+    kind: str
+    items: tuple[Argument, ...]
+
+
+Argument: TypeAlias = "Ref | Group | str"
+"""One argument; a constant is its exact text, so that ``1``, ``1.0`` and ``True`` differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """One node of a :class:`GraphState`.
+
+    Args:
+        name: the node's name.
+        op: ``placeholder``, ``get_attr``, ``call_function``, ``call_method``, ``call_module`` or
+            ``output``.
+        what: what it calls, in one word.
+        target: full name of the function, or the path of the module or attribute.
+        args: positional arguments.
+        kwargs: keyword arguments as ``(name, value)``, sorted by name.
+        line: its line of canonical text.
+        setup: constants of the standard module it calls; dtype and shape of an attribute.
+        path: where the op lives in the user's model.
+        source: the user's line.
+        origins: names of the captured nodes it comes from.
+        rules: the rules that made or changed it.
+        unit: label of the fused unit it belongs to.
+        reads: for a lowered op, the types of its tensor arguments.
+        writes: for a lowered op, the type of its value.
+        qtype: the quantized type chosen for its value.
+        int8: whether it was decided that it computes on codes; ``None`` before the decision.
+    """
+
+    name: str
+    op: str
+    what: str
+    target: str
+    args: tuple[Argument, ...]
+    kwargs: tuple[tuple[str, Argument], ...]
+    line: str
+    setup: str = ""
+    path: str = ""
+    source: str = ""
+    origins: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    unit: str | None = None
+    reads: tuple[QType | None, ...] | None = None
+    writes: QType | None = None
+    qtype: QType | None = None
+    int8: bool | None = None
+
+    @property
+    def places(self) -> tuple[tuple[str, Argument], ...]:
+        """Every argument with the name of its place: ``argument 0``, ``alpha``."""
+        numbered = tuple((f"argument {place}", value) for place, value in enumerate(self.args))
+        return numbered + self.kwargs
+
+    @property
+    def refs(self) -> tuple[str, ...]:
+        """Names of the nodes it reads, in order, with repeats."""
+        return tuple(refs_in((*self.args, *(value for _, value in self.kwargs))))
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """A graph as it was at one moment, as immutable plain data.
+
+    Args:
+        nodes: its nodes, in execution order.
+    """
+
+    nodes: tuple[NodeState, ...]
+
+    @property
+    def text(self) -> str:
+        """Canonical text, as :func:`fxquant.graph.view.render` writes it."""
+        return "\n".join(node.line for node in self.nodes)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A SHA-256 of structure and types; the names of nodes do not enter it."""
+        place = {node.name: index for index, node in enumerate(self.nodes)}
+        units: dict[str, int] = {}
+        hasher = hashlib.sha256()
+        for node in self.nodes:
+            unit = None if node.unit is None else units.setdefault(node.unit, len(units))
+            arguments = [(name, _placed(value, place)) for name, value in node.places]
+            facts = (node.op, node.what, node.target, node.setup, arguments, unit)
+            hasher.update(repr((facts, node.reads, node.writes, node.qtype, node.int8)).encode())
+        return hasher.hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphState:
+        # Immutable all the way down; a copied model shares the states of its history.
+        return self
+
+
+def refs_in(arguments: tuple[Argument, ...]) -> Iterator[str]:
+    """Names of the nodes inside arguments, in order, with repeats."""
+    for value in arguments:
+        if isinstance(value, Ref):
+            yield value.name
+        elif isinstance(value, Group):
+            yield from refs_in(value.items)
+
+
+def show_argument(value: Argument) -> str:
+    """An argument as a person would write it; nodes carry a ``%``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Ref):
+        return f"%{value.name}"
+    parts = [show_argument(item) for item in value.items]
+    if value.kind == "slice":
+        return ":".join(parts)
+    if value.kind == "dict":
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return "{" + ", ".join(f"{key}: {item}" for key, item in pairs) + "}"
+    if value.kind == "list":
+        return f"[{', '.join(parts)}]"
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def graph_state(graph: Graph) -> GraphState:
+    """The present state of ``graph`` as plain data; nothing in it refers to the graph.
+
+    Args:
+        graph: any torch.fx graph, with or without fxquant's records.
+
+    Example:
+        >>> import torch.fx
+        >>> graph_state(torch.fx.symbolic_trace(torch.nn.ReLU()).graph).text.splitlines()[0]
+        '%input_1 = input(input)'
+    """
+    targets: dict[Any, str] = {}
+    return GraphState(tuple(_node_state(node, targets) for node in graph.nodes))
+
+
+def _node_state(node: Node, targets: dict[Any, str]) -> NodeState:
+    record = info(node)
+    target = node.target
+    if isinstance(target, str):
+        named = target
+    else:
+        named = targets.get(id(target)) or targets.setdefault(id(target), _full_name(target))
+    at_target = named if node.op in ("call_module", "get_attr", "placeholder") else ""
+    return NodeState(
+        name=node.name,
+        op=node.op,
+        what=what(node) if node.op != "get_attr" else "attribute",
+        target=named,
+        args=tuple(_argument(value) for value in node.args),
+        kwargs=tuple((key, _argument(node.kwargs[key])) for key in sorted(node.kwargs)),
+        line=render_node(node),
+        setup=_setup(node),
+        path=record.path or at_target,
+        source=record.source,
+        origins=record.origins,
+        rules=record.rules,
+        unit=record.unit,
+        reads=record.reads,
+        writes=record.writes,
+        qtype=record.qtype,
+        int8=None if record.decision is None else record.decision.int8,
+    )
+
+
+def _argument(value: Any) -> Argument:
+    if isinstance(value, Node):
+        return Ref(value.name)
+    if isinstance(value, tuple):
+        return Group("tuple", tuple(_argument(item) for item in value))
+    if isinstance(value, list):
+        return Group("list", tuple(_argument(item) for item in value))
+    if isinstance(value, slice):
+        return Group("slice", tuple(map(_argument, (value.start, value.stop, value.step))))
+    if isinstance(value, dict):
+        return Group("dict", tuple(_argument(part) for pair in value.items() for part in pair))
+    return _constant(value)
+
+
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if callable(value):
+        return _full_name(value)
+    # What does not define a repr of its own shows its address, which no two runs share.
+    return _ADDRESS.sub("", repr(value))
+
+
+def _full_name(function: Any) -> str:
+    name = getattr(function, "__qualname__", None)
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(function)
+    if name is None:
+        return _ADDRESS.sub("", repr(function))
+    module = getattr(function, "__module__", None)
+    return f"{module}.{name}" if module else str(name)
+
+
+def _setup(node: Node) -> str:
+    owner = node.graph.owning_module
+    if node.op not in ("call_module", "get_attr") or not isinstance(owner, GraphModule):
+        return ""
+    found: Any = owner
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, torch.Tensor):
+        return _tensor(found)
+    # Only torch's own: a user's extra_repr may be slow, may raise, may change from run to run.
+    standard = isinstance(found, nn.Module) and type(found).__module__.startswith("torch.nn.")
+    return found.extra_repr() if standard else ""
+
+
+def _tensor(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _placed(value: Argument, place: dict[str, int]) -> Any:
+    if isinstance(value, Ref):
+        return ("%", place[value.name])
+    if isinstance(value, Group):
+        return (value.kind, [_placed(item, place) for item in value.items])
+    return value
