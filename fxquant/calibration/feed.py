@@ -1,0 +1,267 @@
+"""Calibration: feed batches through a prepared model so that its observers see them.
+
+Edits no graph, and leaves the model's mode, the grad mode and the random state as it found them.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.calibration.binding import Batch, bind_batch, describe, moved, tensors
+from fxquant.calibration.data import (
+    USER_FAILURES,
+    Transform,
+    as_batches,
+    check_options,
+    is_function,
+    length,
+    refuse_empty,
+    transformed,
+)
+from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, FxQuantError
+from fxquant.numerics.observers import NonFiniteError, Observer
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What one calibration fed.
+
+    Args:
+        batches: how many batches the model ran on.
+        samples: how many samples those held (the sum of their first dimensions); ``None`` where
+            that is not known, as for a function ``f(model)``.
+        seconds: how long it took.
+        unseen: paths of the observers that no value reached; those sites stay float.
+    """
+
+    batches: int
+    samples: int | None
+    seconds: float
+    unseen: tuple[str, ...]
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    *,
+    transform: Transform | None = None,
+    max_batches: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Run the data through a prepared model once, so that its observers see the activations.
+
+    Args:
+        model: what ``prepare(..., mode="static")`` returned; its observers are filled in place.
+        data: a DataLoader; any iterable or one-shot generator of Tensor, tuple, list, mapping or
+            dataclass batches; one Tensor or mapping by itself, which is *one* batch; or a function
+            ``f(model)`` that runs the model. Tensors on another device than the model are moved
+            to it. NumPy arrays are refused: they are float64 by default, which no model takes.
+        transform: turns what ``data`` yields into a batch, such as ``lambda b: b[0]``.
+        max_batches: stop after so many; none is drawn beyond them.
+        progress: called as ``progress(done, total)`` after each batch, ``total`` ``None`` where
+            it is not known.
+
+    Raises:
+        CalibrationError: no batch, a batch ``forward`` cannot take, a batch the model fails on,
+            NaN or infinity (names the site and the batch), or a model without observers.
+        ConfigError: an option that cannot work.
+
+    Example:
+        >>> calibrate(prepared, loader, transform=lambda b: b[0], max_batches=32)  # doctest: +SKIP
+        CalibrationResult(batches=32, samples=1024, seconds=1.9, unseen=())
+    """
+    observers = _observers(model)
+    check_options(data, transform, max_batches)
+    if progress is not None and not callable(progress):
+        raise ConfigError(
+            f"progress is a {type(progress).__name__}: pass a function f(done, total) or None"
+        )
+    started = time.perf_counter()
+    with _calibrating(model, observers):
+        if is_function(data):
+            batches, samples = _run_function(model, data, progress), None
+        else:
+            batches, samples = _feed(model, data, transform, max_batches, progress)
+    if not any(observer.seen for observer in observers):
+        raise CalibrationError(
+            f"{batches} batch{'es' * (batches != 1)} ran and no value reached any of the "
+            f"{len(observers)} observers: are the batches empty (a dimension of size 0)?"
+        )
+    # A site that turned out to carry integers was reached; it is no candidate for int8.
+    unseen = tuple(o.path for o in observers if o.floating and not o.seen)
+    _warn_unseen(unseen, len(observers))
+    return CalibrationResult(batches, samples, time.perf_counter() - started, unseen)
+
+
+def _feed(
+    model: nn.Module,
+    data: Any,
+    transform: Transform | None,
+    max_batches: int | None,
+    progress: Progress | None,
+) -> tuple[int, int | None]:
+    """Draw, bind and run each batch; return how many batches and samples there were."""
+    batches = as_batches(data)
+    total = length(batches)
+    if total is not None and max_batches is not None:
+        total = min(total, max_batches)
+    iterator, device = iter(batches), _device(model)
+    done, samples = 0, _Samples()
+    while max_batches is None or done < max_batches:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        batch = transformed(transform, batch, done)
+        args, kwargs = moved(bind_batch(model, batch, done), device)
+        samples.add((args, kwargs))
+        _run(model, args, kwargs, done)
+        # The batch has to be gone before the next one is drawn, or two are in memory at a time.
+        del batch, args, kwargs
+        done += 1
+        if progress is not None:
+            progress(done, total)
+    if not done:
+        refuse_empty(data)
+    return done, samples.total
+
+
+class _Samples:
+    """Counts samples until a batch turns up that does not show how many it holds."""
+
+    def __init__(self) -> None:
+        self.total: int | None = 0
+
+    def add(self, batch: Batch) -> None:
+        first = next(tensors(batch))
+        known = self.total is not None and first.dim() > 0
+        self.total = (self.total or 0) + len(first) if known else None
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+    """One forward, its output dropped; an error says which batch and what was in it."""
+    try:
+        with torch.no_grad():
+            # Not model(...): a GraphModule's own __call__ prints to stderr and cuts the traceback.
+            nn.Module.__call__(model, *args, **kwargs)
+    except NonFiniteError as error:
+        in_batch = sum(int((~torch.isfinite(t)).sum()) for t in tensors((args, kwargs)))
+        raise CalibrationError(_nonfinite(error, index, in_batch)) from error
+    except FxQuantError:
+        raise
+    except USER_FAILURES as error:
+        fed = describe(kwargs if kwargs else args[0] if len(args) == 1 else args)
+        raise CalibrationError(
+            f"the model failed on batch {index}, {fed}: {type(error).__name__}: {error}. "
+            "Check that shape and dtype are those the model is made for; transform= can change "
+            "a batch before it is fed"
+        ) from error
+
+
+def _run_function(model: nn.Module, function: Any, progress: Progress | None) -> int:
+    """Let the user's function run the model; return how many times it did."""
+    calls = 0
+
+    def count(_module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if progress is not None:
+            progress(calls, None)
+
+    handle = model.register_forward_hook(count)
+    try:
+        with torch.no_grad():
+            function(model)
+    except NonFiniteError as error:
+        raise CalibrationError(_nonfinite(error, calls, None)) from error
+    finally:
+        handle.remove()
+    if not calls:
+        raise CalibrationError(
+            "0 batches: the calibration function returned without running the model it was given. "
+            "Call model(...) in it; if it is a generator function, pass what it returns"
+        )
+    return calls
+
+
+@contextmanager
+def _calibrating(model: nn.Module, observers: list[Observer]) -> Generator[None]:
+    """Observers on; mode, grad mode and random state put back at the end, failure or not."""
+    modes = [(module, module.training) for module in model.modules()]
+    grad = torch.is_grad_enabled()
+    device = _device(model)
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    # Data is drawn in the caller's grad mode (a generator may optimise its batches), never in
+    # inference mode: what observers keep would be inference tensors, which nothing can update.
+    with (
+        torch.random.fork_rng(devices=cuda),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+    ):
+        try:
+            for observer in observers:
+                observer.enabled = True
+            yield
+        finally:
+            for observer in observers:
+                observer.enabled = False
+            for module, training in modes:
+                module.training = training
+
+
+def _observers(model: nn.Module) -> list[Observer]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, not an nn.Module: call calibrate(model, data)"
+        )
+    observers = [module for module in model.modules() if isinstance(module, Observer)]
+    if not observers:
+        raise CalibrationError(
+            f"this {type(model).__name__} has no observer, so calibration would record nothing: "
+            "either it does not come from prepare(model, mode='static'), or none of its ops is "
+            "to become int8 (look at overrides and qconfig)"
+        )
+    return observers
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """The one device all parameters are on, if there is one."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _nonfinite(error: NonFiniteError, index: int, in_batch: int | None) -> str:
+    where = ""
+    if in_batch is not None:
+        where = (
+            f" The batch itself holds {in_batch} such values: clean the data."
+            if in_batch
+            else " The batch itself is finite, the model makes them: look for a log(0), a "
+            "division by 0 or an overflow."
+        )
+    return (
+        f"{error.nan} NaN and {error.inf} infinite values reached the observer at {error.path!r} "
+        f"in batch {index}: no range can be chosen from them.{where}"
+    )
+
+
+def _warn_unseen(unseen: tuple[str, ...], observers: int) -> None:
+    if not unseen:
+        return
+    more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+    warnings.warn(
+        f"calibration never reached {len(unseen)} of {observers} sites, which stay float: "
+        f"{', '.join(unseen[:5])}{more}. Add data that takes those paths through the model",
+        CalibrationWarning,
+        stacklevel=3,
+    )
