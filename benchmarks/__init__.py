@@ -1,0 +1,1 @@
+"""Measurements of fxquant against its float originals and against torch's own quantization."""
