@@ -17,16 +17,15 @@ from torch import Tensor
 
 from fxquant.errors import ConfigError
 from fxquant.numerics.error_search import search_range
-from fxquant.numerics.observer import Observer
+from fxquant.numerics.observer import CHUNK, Observer
 from fxquant.numerics.qparams import QParams
 from fxquant.spec import QSpec
 
 BINS: Final = 2048
-SAMPLED: Final = 2**18
-"""A larger tensor is counted by a regular sample of about this many of its values."""
+SAMPLED: Final = 2**20
+"""A larger tensor is counted by a regular sample of at most this many of its values."""
 
 _REPORT_BINS: Final = 64
-_CHUNK: Final = 2**17  # Half a megabyte of float32: the passes over it stay in the cache.
 _SMALLEST_EXPONENT: Final = -126  # Its reciprocal is the largest power of two that float32 has.
 
 
@@ -34,9 +33,9 @@ class HistogramObserver(Observer):
     """Count values in 2,048 bins and choose the range of least mean squared error.
 
     The range grows with the data by doubling the bins; minimum and maximum are exact. A tensor of
-    more than 262,144 values adds a regular sample of them (each weighing as many as it stands
-    for), whose stride has no common factor with the tensor's size: no channel, row or column is
-    left out. Which values are in the sample depends on the memory format.
+    more than 1,048,576 values adds a regular sample of them (each weighing as many as it stands
+    for) and the extremes of every 131,072. The stride has no common factor with the tensor's
+    size, so no channel, row or column is left out; the memory format decides which values it hits.
 
     Args:
         spec: as for every observer; ``granularity`` must be ``"tensor"``.
@@ -68,17 +67,20 @@ class HistogramObserver(Observer):
         self.register_buffer("bins", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("grid", torch.tensor([_SMALLEST_EXPONENT, 0]))  # e, first
 
-    def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> int:
+    def _observe(self, values: Tensor, lows: Tensor, highs: Tensor) -> int:
         exponent, first = grid_for(
-            min(float(low), float(self.low), 0.0), max(float(high), float(self.high), 0.0)
+            min(float(lows.amin()), float(self.low), 0.0),
+            max(float(highs.amax()), float(self.high), 0.0),
         )
         self._regrid(exponent, first)
-        flat = values.view(-1)
-        stride = sample_stride(flat.numel())
-        for chunk in flat[::stride].split(_CHUNK):
-            # A power of two scales exactly, and the cast truncates: two cheap passes are exact.
-            place = chunk.mul(math.ldexp(1.0, -exponent)).to(torch.int16).sub_(first)
-            self.bins.add_(torch.bincount(place, minlength=BINS), alpha=stride)
+        stride = sample_stride(values.numel())
+        # A sample misses what is rare, and the range hangs on the rarest: count those for sure.
+        samples = [(values[::stride], stride)] + [(ends, 1) for ends in (lows, highs) if stride > 1]
+        for sample, weight in samples:
+            for chunk in sample.split(CHUNK):
+                # A power of two scales exactly, and the cast truncates: two passes are exact.
+                place = chunk.mul(math.ldexp(1.0, -exponent)).to(torch.int16).sub_(first)
+                self.bins.add_(torch.bincount(place, minlength=BINS), alpha=weight)
         return 0
 
     def _regrid(self, exponent: int, first: int) -> None:
@@ -159,7 +161,7 @@ def sample_stride(count: int) -> int:
     """Return the stride that leaves at most ``SAMPLED`` of ``count`` values; coprime to it.
 
     Example:
-        >>> sample_stride(1000), sample_stride(2**18 * 2)
+        >>> sample_stride(1000), sample_stride(2**20 * 2)
         (1, 3)
     """
     stride = -(-count // SAMPLED)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from fxquant.numerics.qparams import QParams, choose_qparams
 from fxquant.spec import QSpec
 
 T = TypeVar("T")
+
+CHUNK: Final = 2**17
+"""How many values are worked on at a time: half a megabyte of float32 stays in the cache."""
 
 
 class NonFiniteError(CalibrationError):
@@ -179,10 +183,15 @@ class Observer(nn.Module):
         """Show the place and the spec in ``print(model)``."""
         return f"path={self.path!r}, dtype={self.spec.dtype}, bits={self.spec.bits}"
 
-    def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> int:
-        """Take in float32 ``values`` with these finite bounds; return how many are clipped.
+    def _observe(self, values: Tensor, lows: Tensor, highs: Tensor) -> int:
+        """Take in one tensor; return how many of its values are clipped.
 
         ``self.low`` and ``self.high`` still are the bounds of what came before.
+
+        Args:
+            values: float32, [N] in memory order, or [C, N / C] with an axis; none is NaN or inf.
+            lows: the smallest value of each piece of ``CHUNK`` values, or of each channel.
+            highs: the largest, likewise.
         """
         raise NotImplementedError
 
@@ -197,46 +206,59 @@ class Observer(nn.Module):
         return ()
 
     def _watch(self, x: Tensor) -> None:
+        if self.tally.device != x.device:
+            self.to(x.device)  # Made on the CPU, it follows the model to where that runs.
         outside = 0
         if x.numel():
             if self.first_shape is None:
                 self.first_shape = tuple(x.shape)
                 self.first_dtype = str(x.dtype).removeprefix("torch.")
             values = self._arrange(x.to(torch.float32))
-            low, high = self._bounds(values)
-            self._fit_channels(low)
-            outside = self._observe(values, low, high)
-            torch.minimum(self.low, low, out=self.low)
-            torch.maximum(self.high, high, out=self.high)
-        self.tally += torch.tensor([1, x.numel(), outside], device=self.tally.device)
+            lows, highs = self._bounds(values)
+            self._fit_channels(lows)
+            outside = self._observe(values, lows, highs)
+            torch.minimum(self.low, self._overall(lows, torch.amin), out=self.low)
+            torch.maximum(self.high, self._overall(highs, torch.amax), out=self.high)
+        self.tally.add_(torch.tensor([1, x.numel(), outside], device=x.device))
 
     def _arrange(self, x: Tensor) -> Tensor:
-        """View ``x`` as [1, N] in memory order, or as [C, N / C]; a copy only where it must."""
+        """View ``x`` as [N] in memory order, or as [C, N / C]; a copy only where it must be."""
         if self.axis is not None:
             return x.transpose(0, self.axis).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        return x.permute(order).reshape(1, -1)
+        return x.permute(order).reshape(-1)
 
     def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the exact minimum and maximum, [1] or [C]; both are cheap beside any histogram."""
-        # Without dim= the reduction runs on all threads.
-        bounds = torch.stack(values.aminmax() if self.axis is None else values.aminmax(dim=1))
-        if not bool(bounds.isfinite().all()):
+        """Return the exact minima and maxima, of pieces or of channels.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        if self.axis is None:
+            # Without dim= the reduction runs on all threads.
+            pieces = [piece.aminmax() for piece in values.split(CHUNK)]
+            lows, highs = (torch.stack(ends) for ends in zip(*pieces, strict=True))
+        else:
+            lows, highs = values.aminmax(dim=1)
+        if not all(map(math.isfinite, lows.tolist() + highs.tolist())):
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
             raise NonFiniteError(self.path, nan, inf)
-        low, high = bounds.view(2, -1).unbind()
-        return low, high
+        return lows, highs
 
-    def _fit_channels(self, low: Tensor) -> None:
-        if self.low.shape == low.shape:
+    def _overall(self, ends: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """Reduce the ends of pieces to that of the tensor, [1]; those of channels stay."""
+        return ends if self.axis is not None else reduce(ends, 0, keepdim=True)
+
+    def _fit_channels(self, lows: Tensor) -> None:
+        if self.axis is None or self.low.shape == lows.shape:
             return
         if self.low.numel():
             raise CalibrationError(
                 f"{self.path}: axis {self.axis} had {self.low.numel()} channels and now has "
-                f"{low.numel()}: one scale per channel needs a fixed number of them"
+                f"{lows.numel()}: one scale per channel needs a fixed number of them"
             )
         for name, start in self._per_channel.items():
-            self.get_buffer(name).resize_(low.shape).fill_(start)
+            self.get_buffer(name).resize_(lows.shape).fill_(start)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

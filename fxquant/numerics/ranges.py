@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigError
@@ -26,8 +27,8 @@ class MinMaxObserver(Observer):
 
     kind: ClassVar[str] = "minmax"
 
-    def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> int:
-        del values, low, high
+    def _observe(self, values: Tensor, lows: Tensor, highs: Tensor) -> int:
+        del values, lows, highs
         return 0
 
     def _chosen_range(self) -> tuple[Tensor, Tensor]:
@@ -74,14 +75,17 @@ class MovingAverageObserver(Observer):
             raise ConfigError(f"averaging is {averaging!r}: it must be above 0 and at most 1")
         self.averaging = averaging
 
-    def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> int:
+    def _observe(self, values: Tensor, lows: Tensor, highs: Tensor) -> int:
+        low, high = self._overall(lows, torch.amin), self._overall(highs, torch.amax)
         weight = self.averaging if self.seen else 1.0
         # Not lerp_: its difference of the two overflows between -3e38 and 3e38.
         self.mean_low.mul_(1.0 - weight).add_(low, alpha=weight)
         self.mean_high.mul_(1.0 - weight).add_(high, alpha=weight)
-        below = values < self.mean_low.clamp(max=0.0).unsqueeze(1)
-        above = values > self.mean_high.clamp(min=0.0).unsqueeze(1)
-        return int(below.logical_or_(above).sum())
+        least, most = self.mean_low.clamp(max=0.0), self.mean_high.clamp(min=0.0)
+        if bool(((low >= least) & (high <= most)).all()):
+            return 0
+        below, above = values < least.unsqueeze(-1), values > most.unsqueeze(-1)
+        return int(torch.count_nonzero(below.logical_or_(above)))
 
     def _chosen_range(self) -> tuple[Tensor, Tensor]:
         return self.mean_low, self.mean_high
