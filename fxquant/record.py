@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant.errors import ConfigError
 from fxquant.graph.diff import GraphState
@@ -102,7 +102,7 @@ class Record:
         bytes_before: size of the float parameters and buffers.
         bytes_after: size of the converted parameters and buffers.
         timing: the speed check, when it ran.
-        fit: names of the arguments bound at capture.
+        inputs: random inputs for the speed check, only while converting.
     """
 
     mode: str
@@ -115,6 +115,7 @@ class Record:
     bytes_before: int = 0
     bytes_after: int = 0
     timing: Timing | None = None
+    inputs: tuple[Tensor, ...] | None = None
 
 
 def record_of(model: nn.Module) -> Record:

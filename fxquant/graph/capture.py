@@ -215,7 +215,11 @@ def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    evaluate: bool = False,
 ) -> Captured:
     """Turn ``model`` into a graph module by symbolic tracing.
 
@@ -223,6 +227,7 @@ def capture(
         model: the model; a copy of it is traced and it is never changed.
         args: positional example inputs, if there are any.
         kwargs: keyword example inputs.
+        evaluate: whether the copy is put in eval mode first.
 
     Raises:
         TraceError: a branch depends on a tensor, or the model cannot be traced for another
@@ -234,6 +239,8 @@ def capture(
     """
     bound = bind_arguments(model, args, dict(kwargs or {}))
     root = copy.deepcopy(model)
+    if evaluate:
+        root.eval()
     _settle_parametrizations(root)
     with _LOCK:
         tracer = _Tracer(bound)

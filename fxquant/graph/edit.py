@@ -102,6 +102,7 @@ class Editor:
         self.module = module
         self.graph = module.graph
         self.log: list[Edit] = []
+        self.misses: list[tuple[str, str, str]] = []
         self._draft: _Draft | None = None
         self._fresh: dict[str, int] = {}
 
@@ -116,6 +117,10 @@ class Editor:
                 self.log.append(draft.finish())
         finally:
             self._draft = outer
+
+    def miss(self, rule: str, place: str, reason: str) -> None:
+        """Remember that ``rule`` nearly fitted at the node called ``place``."""
+        self.misses.append((rule, place, reason))
 
     @property
     def _open(self) -> _Draft:
@@ -230,8 +235,6 @@ class Editor:
     ) -> None:
         """Respell a node where it stands: same name, same users."""
         draft = self._open
-        if node.op == target and node.args == args:
-            return
         node.op = "call_module" if isinstance(target, str) else "call_function"
         node.target = target
         node.args = args

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.info import info
 from fxquant.graph.ops import Kind, Op, Spelling
 from fxquant.graph.table_entry import entry, sig
 from fxquant.graph.table_moves import MOVES
@@ -55,7 +56,9 @@ def _index(ops: tuple[Op, ...]) -> tuple[
 OPS: Final = (*WEIGHTED, *POINTWISE, *MOVES)
 _NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
-    op.target: op for op in OPS if op.target is not None
+    **{op.target: op for op in OPS if op.target is not None},
+    # Once weights are integers an op with parameters is a call of its function.
+    **{function: op for op in OPS if op.target is None for function in op.functions},
 }
 
 
@@ -93,13 +96,17 @@ def method_spelling(name: str) -> tuple[Op, Spelling] | None:
 
 def module_op(module: nn.Module) -> Op | None:
     """The op that a module spells: its class, or a subclass that keeps its ``forward``."""
-    found = _MODULES.get(type(module))
-    if found is not None:
-        return found
-    for cls in type(module).__mro__[1:]:
-        if cls in _MODULES:
-            same = type(module).forward is cls.forward
-            return _MODULES[cls] if same and not _overrides(type(module), cls) else None
+    return class_op(type(module))
+
+
+def class_op(cls: type[nn.Module]) -> Op | None:
+    """The op that calls of a module class spell."""
+    if cls in _MODULES:
+        return _MODULES[cls]
+    for base in cls.__mro__[1:]:
+        if base in _MODULES:
+            same = cls.forward is base.forward and not _overrides(cls, base)
+            return _MODULES[base] if same else None
     return None
 
 
@@ -131,6 +138,8 @@ _BOUNDARY_TENSORS: Final[Mapping[str, tuple[str, ...]]] = {
 
 def op_of(node: Node) -> Op | None:
     """The canonical op that ``node`` calls, or ``None``; only for canonicalized graphs."""
+    if info(node).opaque:
+        return None
     if node.op == "call_function":
         try:
             return _TARGETS.get(node.target)  # type: ignore[arg-type]

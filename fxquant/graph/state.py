@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.graph.info import QType, info
-from fxquant.graph.view import render_node, what
+from fxquant.graph.view import what
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,7 @@ class NodeState:
         what: what it calls, in one word.
         target: full name of the function, or the path of the module or attribute.
         args: positional arguments.
-        kwargs: keyword arguments as ``(name, value)``, sorted by name.
-        line: its line of canonical text.
+        kwargs: keyword arguments as ``(name, value)``.
         setup: constants of the standard module it calls; dtype and shape of an attribute.
         path: where the op lives in the user's model.
         source: the user's line.
@@ -80,7 +79,6 @@ class NodeState:
     target: str
     args: tuple[Argument, ...]
     kwargs: tuple[tuple[str, Argument], ...]
-    line: str
     setup: str = ""
     path: str = ""
     source: str = ""
@@ -91,6 +89,20 @@ class NodeState:
     writes: QType | None = None
     qtype: QType | None = None
     int8: bool | None = None
+
+    @property
+    def line(self) -> str:
+        """Its line of canonical text, as :func:`fxquant.graph.view.render_node` writes it."""
+        if self.op == "output":
+            return f"return {show_argument(self.args[0])}"
+        if self.op in ("placeholder", "get_attr"):
+            return f"%{self.name} = {self.what}({self.target})"
+        where = f"[{self.target}]" if self.op == "call_module" else ""
+        given = [show_argument(value) for value in self.args]
+        given += [f"{name}={show_argument(value)}" for name, value in self.kwargs]
+        tail = f"  # unit {self.unit}" if self.unit else ""
+        tail += "" if self.writes is None else f"  # -> {self.writes}"
+        return f"%{self.name} = {self.what}{where}({', '.join(given)}){tail}"
 
     @property
     def places(self) -> tuple[tuple[str, Argument], ...]:
@@ -127,7 +139,7 @@ class GraphState:
         hasher = hashlib.sha256()
         for node in self.nodes:
             unit = None if node.unit is None else units.setdefault(node.unit, len(units))
-            arguments = [(name, _placed(value, place)) for name, value in node.places]
+            arguments = sorted((name, repr(_placed(arg, place))) for name, arg in node.places)
             facts = (node.op, node.what, node.target, node.setup, arguments, unit)
             hasher.update(repr((facts, node.reads, node.writes, node.qtype, node.int8)).encode())
         return hasher.hexdigest()
@@ -146,10 +158,14 @@ def refs_in(arguments: tuple[Argument, ...]) -> Iterator[str]:
             yield from refs_in(value.items)
 
 
+_FLOAT: Final = re.compile(r"-?(\d+\.\d*(e[+-]?\d+)?|\d+e[+-]?\d+)")
+"""The exact text of a float constant; strings stand in quotes."""
+
+
 def show_argument(value: Argument) -> str:
-    """An argument as a person would write it; nodes carry a ``%``."""
+    """An argument as a person would write it; nodes carry a ``%``, floats have 9 digits."""
     if isinstance(value, str):
-        return value
+        return f"{float(value):.9g}" if _FLOAT.fullmatch(value) else value
     if isinstance(value, Ref):
         return f"%{value.name}"
     parts = [show_argument(item) for item in value.items]
@@ -163,6 +179,9 @@ def show_argument(value: Argument) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
+_INPUTS: Final = {"placeholder": "input", "get_attr": "attribute"}
+
+
 def graph_state(graph: Graph) -> GraphState:
     """The present state of ``graph`` as plain data; nothing in it refers to the graph.
 
@@ -174,26 +193,29 @@ def graph_state(graph: Graph) -> GraphState:
         >>> graph_state(torch.fx.symbolic_trace(torch.nn.ReLU()).graph).text.splitlines()[0]
         '%input_1 = input(input)'
     """
-    targets: dict[Any, str] = {}
-    return GraphState(tuple(_node_state(node, targets) for node in graph.nodes))
+    # One name a function and one Ref a node, however often they are used: a snapshot of a large
+    # graph is made after every pass.
+    targets: dict[int, str] = {}
+    refs: dict[Node, Ref] = {}
+    return GraphState(tuple(_node_state(node, targets, refs) for node in graph.nodes))
 
 
-def _node_state(node: Node, targets: dict[Any, str]) -> NodeState:
+def _node_state(node: Node, targets: dict[int, str], refs: dict[Node, Ref]) -> NodeState:
     record = info(node)
     target = node.target
     if isinstance(target, str):
         named = target
     else:
         named = targets.get(id(target)) or targets.setdefault(id(target), _full_name(target))
+    refs[node] = Ref(node.name)
     at_target = named if node.op in ("call_module", "get_attr", "placeholder") else ""
     return NodeState(
         name=node.name,
         op=node.op,
-        what=what(node) if node.op != "get_attr" else "attribute",
+        what=_INPUTS.get(node.op) or what(node),
         target=named,
-        args=tuple(_argument(value) for value in node.args),
-        kwargs=tuple((key, _argument(node.kwargs[key])) for key in sorted(node.kwargs)),
-        line=render_node(node),
+        args=tuple([_argument(value, refs) for value in node.args]),
+        kwargs=tuple([(key, _argument(value, refs)) for key, value in node.kwargs.items()]),
         setup=_setup(node),
         path=record.path or at_target,
         source=record.source,
@@ -207,17 +229,21 @@ def _node_state(node: Node, targets: dict[Any, str]) -> NodeState:
     )
 
 
-def _argument(value: Any) -> Argument:
+def _argument(value: Any, refs: dict[Node, Ref]) -> Argument:
     if isinstance(value, Node):
-        return Ref(value.name)
+        return refs[value]
+    kind = ""
+    items: tuple[Any, ...] = ()
     if isinstance(value, tuple):
-        return Group("tuple", tuple(_argument(item) for item in value))
-    if isinstance(value, list):
-        return Group("list", tuple(_argument(item) for item in value))
-    if isinstance(value, slice):
-        return Group("slice", tuple(map(_argument, (value.start, value.stop, value.step))))
-    if isinstance(value, dict):
-        return Group("dict", tuple(_argument(part) for pair in value.items() for part in pair))
+        kind, items = "tuple", value
+    elif isinstance(value, list):
+        kind, items = "list", tuple(value)
+    elif isinstance(value, slice):
+        kind, items = "slice", (value.start, value.stop, value.step)
+    elif isinstance(value, dict):
+        kind, items = "dict", tuple(part for pair in value.items() for part in pair)
+    if kind:
+        return Group(kind, tuple(_argument(item, refs) for item in items))
     return _constant(value)
 
 

@@ -78,7 +78,7 @@ def units(graph: Graph) -> tuple[Unit, ...]:
     """The fused units of a graph, in graph order of their outputs; a lone op is a unit too."""
     members: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if op_of(node) is not None:
+        if op_of(node) is not None and info(node).value not in ("scalar", "sizes"):
             members.setdefault(info(node).unit or node.name, []).append(node)
     found: dict[Node, Unit] = {}
     for nodes in members.values():

@@ -132,10 +132,11 @@ def _clip_rows(rows: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> tuple[Te
     """Return, per row, the share of its range that quantizes it with the least squared error."""
     share = torch.ones_like(low)
     least = _row_error(rows, low, high, spec)
-    for octaves, zoom in ((range(1, 17), 0.25), (range(-3, 4), 0.0625)):
+    # Four octaves down in quarter octaves, then finer around the best, to 1 %.
+    for steps, octaves in ((range(1, 17), 1 / 4), (range(-3, 4), 1 / 16), (range(-3, 4), 1 / 64)):
         centre = share.clone()
-        for step in octaves:
-            tried = (centre * 2.0 ** (-step * zoom)).clamp(max=1.0)
+        for step in steps:
+            tried = (centre * 2.0 ** (-step * octaves)).clamp(max=1.0)
             error = _row_error(rows, low * tried, high * tried, spec)
             better = error < least
             share, least = share.where(~better, tried), least.where(~better, error)

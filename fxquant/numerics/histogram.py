@@ -148,7 +148,8 @@ def grid_for(low: float, high: float) -> tuple[int, int]:
         >>> grid_for(-1.0, 2046.0), grid_for(-1.0, 2047.0)
         ((0, -1), (1, 0))
     """
-    exponent = max(math.frexp((high - low) / BINS)[1] - 1, _SMALLEST_EXPONENT)
+    # frexp says 0 of 0.0, so the tiniest range there is stands in for none at all.
+    exponent = max(math.frexp(max(high - low, math.ulp(0.0) * BINS) / BINS)[1] - 1, _SMALLEST_EXPONENT)
     while True:
         first = math.trunc(math.ldexp(low, -exponent))
         last = math.trunc(math.ldexp(high, -exponent))

@@ -197,7 +197,8 @@ def linear_reference(
     Example:
         >>> q = QParams.per_tensor(0.5, 0, 0, 255, torch.uint8)
         >>> w_q = QParams.per_tensor(0.25, 0, -127, 127, torch.int8)
-        >>> linear_reference(torch.tensor([[2, 4]]).byte(), q, torch.ones(1, 2).char(), w_q, q).codes
+        >>> x, w = torch.tensor([[2, 4]]).byte(), torch.ones(1, 2).char()
+        >>> linear_reference(x, q, w, w_q, q).codes
         tensor([[2]], dtype=torch.uint8)
     """
     total = F.linear(_centred(x, x_q), _centred(w, w_q))

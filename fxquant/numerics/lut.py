@@ -91,12 +91,13 @@ def apply_table(q: Tensor, table: Tensor) -> Tensor:
     """
     if has_torch_function_variadic(q, table):
         return handle_torch_function(apply_table, (q, table), q, table)
+    look_up = _look_up_pairs if table.dim() == 2 else _look_up
+    if q.is_contiguous():
+        return look_up(q.view(-1), table).view(q.shape)
     order = sorted(range(q.dim()), key=q.stride, reverse=True)
     in_order = q.permute(order)
-    flat = in_order.reshape(-1)
-    found = _look_up_pairs(flat, table) if table.dim() == 2 else _look_up(flat, table)
     back = sorted(range(q.dim()), key=order.__getitem__)
-    return found.view(in_order.shape).permute(back)
+    return look_up(in_order.reshape(-1), table).view(in_order.shape).permute(back)
 
 
 def _by_byte(table: Tensor, codes: torch.dtype) -> Tensor:
@@ -105,7 +106,8 @@ def _by_byte(table: Tensor, codes: torch.dtype) -> Tensor:
 
 
 def _look_up(flat: Tensor, table: Tensor) -> Tensor:
-    return _by_byte(table, flat.dtype).index_select(0, flat.view(torch.uint8).to(torch.int32))
+    index = flat.to(torch.int32)
+    return table.index_select(0, index.add_(128) if flat.dtype == torch.int8 else index)
 
 
 def _look_up_pairs(flat: Tensor, pairs: Tensor) -> Tensor:

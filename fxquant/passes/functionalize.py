@@ -52,7 +52,8 @@ class Functionalize(Pass):
     ) -> None:
         later = [user for user in target.users if order[user] > order[node]]
         aliases = [n for n, root in memory.items() if root is memory[target] and n is not target]
-        viewed = [n for n in aliases if any(order[u] > order[node] for u in n.users) and n is not node]
+        earlier = [n for n in aliases if order[n] < order[node]]
+        viewed = any(order[user] > order[node] for n in earlier for user in n.users)
         if node.target is operator.setitem or viewed:
             why = f"%{node.name} writes into its memory in place"
             with editor.rule("pin-memory"):

@@ -126,14 +126,18 @@ class RuleSet:
         op = op_of(node)
         return self._by_root.get(op.name, ()) if op is not None else ()
 
-    def apply(self, editor: Editor) -> RuleReport:
+    def apply(self, editor: Editor, *, backwards: bool = False) -> RuleReport:
         """Rewrite ``editor``'s graph until no rule fires.
+
+        Args:
+            editor: the graph.
+            backwards: visit the nodes in reverse order first.
 
         Raises:
             PatternError: the rules undo each other and would never end, or a rewrite failed.
         """
         report = RuleReport()
-        todo = deque(editor.graph.nodes)
+        todo = deque(reversed(editor.graph.nodes) if backwards else editor.graph.nodes)
         waiting = dict.fromkeys(todo)
         limit = 50 * len(todo) + 1000
         while todo:
@@ -161,7 +165,8 @@ class RuleSet:
             users = [user for inner in found.nodes for user in inner.users]
             _run(rule, found, editor)
             if len(editor.log) == edited:
-                continue
+                # It fits and is done already; a lesser rule must not undo it.
+                return []
             report.hits[rule.name] = report.hits.get(rule.name, 0) + 1
             added = {name for edit in editor.log[edited:] for name in edit.added}
             fresh = [u for u in users if not u._erased]

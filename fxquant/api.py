@@ -1,0 +1,365 @@
+"""The public calls: quantize is prepare, calibrate, convert."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant import calibration as feeding
+from fxquant.backends.base import Availability
+from fxquant.errors import CalibrationError, ConfigError, FxQuantWarning, LoweringError, SpeedWarning
+from fxquant.graph.capture import capture
+from fxquant.graph.edit import Editor
+from fxquant.graph.shapes import record_shapes
+from fxquant.numerics.observers import Observer
+from fxquant.passes.base import Pass
+from fxquant.passes.configure import Selector
+from fxquant.patterns.rule import Rule
+from fxquant.pipeline import first_snapshot
+from fxquant.recipes import (
+    available_backends,
+    convert_recipe,
+    prepare_recipe,
+    resolve_backend,
+)
+from fxquant.record import KEY, OpRecord, Record, record_of
+from fxquant.report.ops import coverage, read_ops, with_kernels
+from fxquant.report.speed import compare_speed, example_of
+from fxquant.spec import Mode, QConfig, resolve_qconfig
+from fxquant.synthesis import synthesize
+
+Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Overrides = Mapping[Selector, QConfig | str | None]
+_MODES: Final = ("static",)
+
+
+def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    mode: Mode = "static",
+    example_inputs: Examples | None = None,
+    qconfig: QConfig | str | None = None,
+    overrides: Overrides | None = None,
+    patterns: Sequence[Rule] = (),
+    backend: str = "auto",
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+    min_coverage: float | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    strict: bool = False,
+) -> GraphModule:
+    """Return an int8 version of ``model``; ``model`` itself is never changed.
+
+    Args:
+        model: a float32 model.
+        calibration: what it will be fed in use, a few hundred samples: a DataLoader, an iterable
+            or generator of batches, or a function that runs the model. Without it, inputs are
+            synthesised from BatchNorm statistics, with a warning.
+        mode: ``"static"``: weights and activations in int8, ranges fixed by calibration.
+        example_inputs: one batch, used for shapes; by default the first calibration batch.
+        qconfig: the default configuration or the name of a preset.
+        overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
+        patterns: fusion rules of your own.
+        backend: ``"auto"``, ``"x86"`` or ``"reference"``.
+        transform: turns an item of ``calibration`` into what the model is fed.
+        max_batches: how many batches to use.
+        min_coverage: the least share of ops that must be int8, 0 to 1.
+        progress: called after each batch with the number done and the total, if known.
+        strict: raise instead of leaving parts of the model in float that cannot be captured.
+
+    Raises:
+        ConfigError: an argument cannot be used; before any work starts.
+        TraceError: the model cannot be captured.
+        CalibrationError: the data is missing, malformed or not finite.
+        LoweringError: nothing became int8, or less than ``min_coverage``.
+
+    Example:
+        >>> import torch, fxquant
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> q = fxquant.quantize(net, [torch.randn(4, 3, 8, 8)], backend="reference")
+        >>> q(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 8, 6, 6])
+    """
+    resolve_backend(backend)
+    _check_share(min_coverage)
+    _check_mode(mode, _MODES)
+    resolve_qconfig(qconfig)
+    if calibration is None:
+        _check_model(model)
+        calibration = synthesize(model, _tensor_example(example_inputs))
+        transform = None
+    if example_inputs is None:
+        first = feeding.first_batch(calibration, transform, model=model)
+        args, kwargs, calibration, transform = first.args or (), first.kwargs, first.replay, None
+    else:
+        args, kwargs = _split_example(example_inputs)
+    prepared = _prepare(model, args, kwargs, qconfig, overrides, patterns)
+    calibrate(
+        prepared, calibration, transform=transform, max_batches=max_batches, progress=progress
+    )
+    return convert(prepared, backend=backend, min_coverage=min_coverage)
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    mode: Mode = "static",
+    example_inputs: Examples | None = None,
+    qconfig: QConfig | str | None = None,
+    overrides: Overrides | None = None,
+    patterns: Sequence[Rule] = (),
+    backend: str = "auto",
+    strict: bool = False,
+) -> GraphModule:
+    """Return a copy of ``model`` as a graph with fused ops and observers, ready to calibrate.
+
+    Args:
+        model: a float32 model.
+        mode: ``"static"``.
+        example_inputs: one batch; lets rules see shapes (linear + batch norm needs it).
+        qconfig: the default configuration or the name of a preset.
+        overrides: selector to configuration; ``None`` leaves the op in float.
+        patterns: fusion rules of your own.
+        backend: checked now, so that a wrong name fails before calibration.
+        strict: raise instead of leaving parts of the model in float that cannot be captured.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        TraceError: the model cannot be captured.
+    """
+    resolve_backend(backend)
+    _check_mode(mode, _MODES)
+    args, kwargs = _split_example(example_inputs)
+    return _prepare(model, args, kwargs, qconfig, overrides, patterns)
+
+
+def calibrate(
+    prepared: nn.Module,
+    data: Any,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Let the observers of a prepared model see ``data``, in one pass.
+
+    Args:
+        prepared: what :func:`prepare` returned.
+        data: a DataLoader, an iterable or generator of batches, or a function of the model.
+        transform: turns an item of ``data`` into what the model is fed.
+        max_batches: how many batches to use.
+        progress: called after each batch with the number done and the total, if known.
+
+    Raises:
+        CalibrationError: no batch, a batch that does not fit, NaN or infinity.
+    """
+    record_of(prepared)
+    feeding.calibrate(
+        prepared, data, transform=transform, max_batches=max_batches, progress=progress
+    )
+
+
+def convert(
+    prepared: nn.Module, *, backend: str = "auto", min_coverage: float | None = None
+) -> GraphModule:
+    """Return the int8 model of a calibrated one; ``prepared`` is left as it is.
+
+    Args:
+        prepared: what :func:`prepare` returned, after :func:`calibrate`.
+        backend: ``"auto"``, ``"x86"`` or ``"reference"``.
+        min_coverage: the least share of ops that must be int8, 0 to 1.
+
+    Raises:
+        ConfigError: ``prepared`` was not made by :func:`prepare`, or the backend cannot run.
+        CalibrationError: it was not calibrated.
+        LoweringError: nothing became int8, or less than ``min_coverage``.
+    """
+    chosen = resolve_backend(backend)
+    _check_share(min_coverage)
+    record = record_of(prepared)
+    if not isinstance(prepared, GraphModule) or record.backend:
+        raise ConfigError("this model is converted already: pass what prepare() returned")
+    observers = [m for m in prepared.modules() if isinstance(m, Observer)]
+    if not any(observer.seen for observer in observers):
+        raise CalibrationError(
+            "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
+        )
+    converted = copy.deepcopy(prepared)
+    made = copy.copy(record)
+    made.snapshots = list(record.snapshots)
+    made.backend = chosen.name
+    made.observers = tuple(observer.summary() for observer in observers if observer.seen)
+    made.unseen = tuple(observer.path for observer in observers if not observer.seen)
+
+    def watch(step: Pass, editor: Editor) -> None:
+        if step.name == "read-ranges":
+            made.inputs = example_of(editor.module)
+        if step.name == "convert":
+            made.ops = read_ops(editor.graph)
+
+    convert_recipe(chosen).run(converted, made, watch=watch)
+    made.ops = with_kernels(made.ops, converted.graph)
+    made.bytes_after = _bytes(converted)
+    converted.meta[KEY] = made
+    _check_coverage(made, min_coverage)
+    _check_speed(prepared, converted, made)
+    return converted
+
+
+def backends() -> tuple[Availability, ...]:
+    """List the backends: what can run here, and why the others cannot.
+
+    Example:
+        >>> [b.name for b in backends() if b.name == "reference"]
+        ['reference']
+    """
+    return available_backends()
+
+
+def _prepare(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    qconfig: QConfig | str | None,
+    overrides: Overrides | None,
+    patterns: Sequence[Rule],
+) -> GraphModule:
+    _check_model(model)
+    default = resolve_qconfig(qconfig)
+    chosen = _resolve_overrides(overrides)
+    _check_patterns(patterns)
+    if model.training:
+        warnings.warn(
+            "the model is in training mode; its copy is put in eval mode for quantization",
+            FxQuantWarning,
+            stacklevel=3,
+        )
+    with torch.random.fork_rng(devices=[]):
+        start = time.perf_counter()
+        captured = capture(model, args, kwargs, evaluate=True)
+        record = Record("static", rung=captured.rung, bytes_before=_bytes(model))
+        if args or kwargs:
+            record_shapes(captured.module, args, kwargs)
+        record.snapshots.append(first_snapshot(captured.module, time.perf_counter() - start))
+        prepare_recipe(default, chosen, tuple(patterns)).run(captured.module, record)
+    if not any(isinstance(m, Observer) for m in captured.module.modules()):
+        raise _nothing_int8(read_ops(captured.module.graph))
+    captured.module.meta[KEY] = record
+    return captured.module.eval()
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a ScriptModule, whose Python code is gone: pass the nn.Module it was "
+            "scripted from"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
+    if isinstance(model, GraphModule) and KEY in model.meta:
+        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
+
+
+def _check_mode(mode: str, allowed: tuple[str, ...]) -> None:
+    if mode not in allowed:
+        raise ConfigError(f"mode is {mode!r}: this version of fxquant has {list(allowed)}")
+
+
+def _check_share(share: float | None) -> None:
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ConfigError(f"min_coverage is {share!r}: it must lie between 0 and 1")
+
+
+def _check_patterns(patterns: Iterable[object]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, Rule):
+            raise ConfigError(f"patterns holds a {type(pattern).__name__}: it takes fusion rules")
+
+
+def _resolve_overrides(
+    overrides: Overrides | None,
+) -> tuple[tuple[Selector, QConfig | None], ...]:
+    if overrides is None:
+        return ()
+    if not isinstance(overrides, Mapping):
+        raise ConfigError("overrides must be a dict of selector to QConfig or None")
+    return tuple(
+        (selector, None if config is None else resolve_qconfig(config))
+        for selector, config in overrides.items()
+    )
+
+
+def _split_example(example: Examples | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        return (), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def _tensor_example(example: Examples | None) -> Tensor | tuple[Any, ...] | None:
+    args, kwargs = _split_example(example)
+    return (*args, *kwargs.values()) or None
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers, each storage once."""
+    seen: dict[int, int] = {}
+    for tensor in module.state_dict().values():
+        if isinstance(tensor, Tensor):
+            seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def _nothing_int8(ops: tuple[OpRecord, ...]) -> LoweringError:
+    reasons = dict.fromkeys(f"{op.path or op.op} ({op.op}): {op.why}" for op in ops if not op.int8)
+    listed = "\n".join(f"  {reason}" for reason in list(reasons)[:8]) or "  it has no float op"
+    return LoweringError(f"nothing in this model became int8:\n{listed}")
+
+
+def _check_coverage(record: Record, least: float | None) -> None:
+    if not any(op.int8 for op in record.ops):
+        raise _nothing_int8(record.ops)
+    share = coverage(record.ops)
+    if least is not None and share < least:
+        left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if not op.int8]
+        listed = "\n".join(left[:8])
+        raise LoweringError(
+            f"{share:.0%} of the ops are int8, less than min_coverage={least:.0%}. "
+            f"In float:\n{listed}"
+        )
+
+
+def _check_speed(prepared: GraphModule, converted: GraphModule, record: Record) -> None:
+    """Measure both models once; a slower result is said, with the ops that cost most."""
+    if record.inputs is None or record.backend == "reference":
+        return
+    record.timing = compare_speed(prepared, converted, record.inputs)
+    record.inputs = None
+    timing = record.timing
+    if timing is None or not timing.slowest:
+        return
+    worst = "; ".join(
+        f"{path} ({op}) {codes:.0f} us, {real:.0f} us in float"
+        for path, op, codes, real in timing.slowest
+    )
+    warnings.warn(
+        f"the int8 model is slower than the float one at batch 1: {timing.quantized_ms:.3f} ms "
+        f"against {timing.float_ms:.3f} ms. What costs most: {worst}. Small layers gain nothing "
+        "from int8: leave them in float with overrides={...: None}",
+        SpeedWarning,
+        stacklevel=3,
+    )

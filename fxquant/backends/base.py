@@ -1,0 +1,159 @@
+"""What a backend is: what it can run in int8, what that costs, and the rules that lower to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from fxquant.graph.op_table import op_named, op_names
+from fxquant.graph.ops import Kind
+from fxquant.patterns.rule import Rule
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one execution of an op costs.
+
+    Args:
+        call: microseconds of a call, whatever its size.
+        element: nanoseconds per element of its largest tensor.
+    """
+
+    call: float
+    element: float
+
+    def of(self, elements: int) -> float:
+        """Microseconds for a tensor of that many elements."""
+        return self.call + self.element * elements / 1000.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured costs of ops in float and on codes, two threads, batch 1 sizes.
+
+    Args:
+        quantize: float to codes.
+        dequantize: codes to float.
+        on_codes: op name to its cost on codes; ``""`` is the default.
+        in_float: op name to its cost in float; ``""`` is the default.
+    """
+
+    quantize: Cost
+    dequantize: Cost
+    on_codes: dict[str, Cost]
+    in_float: dict[str, Cost]
+
+    def codes(self, op: str) -> Cost:
+        """The cost of ``op`` on codes."""
+        return self.on_codes.get(op, self.on_codes[""])
+
+    def real(self, op: str) -> Cost:
+        """The cost of ``op`` in float."""
+        return self.in_float.get(op, self.in_float[""])
+
+
+_POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
+
+MEASURED: Final = Costs(
+    # `python -m benchmarks.costs` prints these figures for the machine it runs on.
+    quantize=Cost(15.0, 0.55),
+    dequantize=Cost(7.0, 0.22),
+    on_codes={
+        "": Cost(12.0, 0.7),  # a 256-entry table
+        "add": Cost(12.0, 0.12),
+        "sub": Cost(12.0, 0.12),
+        "mul": Cost(14.0, 0.2),
+        "batch_norm": Cost(14.0, 0.17),
+        "cat": Cost(8.0, 0.08),
+        "stack": Cost(8.0, 0.08),
+        **{name: Cost(15.0, 0.16) for name in _POOLS},
+        **{f"avg_pool{r}d": Cost(15.0, 0.5) for r in (1, 2, 3)},
+        **{f"adaptive_avg_pool{r}d": Cost(15.0, 0.3) for r in (1, 2, 3)},
+        "mean": Cost(15.0, 0.3),
+        **{
+            name: Cost(3.0, 0.04)
+            for name in op_names()
+            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _POOLS
+        },
+    },
+    in_float={
+        "": Cost(5.0, 0.2),
+        "add": Cost(4.0, 0.12),
+        "sub": Cost(4.0, 0.12),
+        "mul": Cost(4.0, 0.12),
+        "batch_norm": Cost(9.0, 0.17),
+        "relu": Cost(3.0, 0.1),
+        "cat": Cost(5.0, 0.25),
+        "stack": Cost(5.0, 0.25),
+        **{name: Cost(8.0, 0.25) for name in _POOLS},
+        **{f"avg_pool{r}d": Cost(8.0, 0.25) for r in (1, 2, 3)},
+        **{f"adaptive_avg_pool{r}d": Cost(8.0, 0.15) for r in (1, 2, 3)},
+        "mean": Cost(8.0, 0.15),
+        **{
+            name: Cost(3.0, 0.12)
+            for name in op_names()
+            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _POOLS
+        },
+    },
+)
+
+_ARITHMETIC: Final = (
+    *("add", "sub", "mul", "div", "cat", "stack", "batch_norm", "mean", "interpolate"),
+    *(f"{kind}_pool{rank}d" for kind in ("avg", "adaptive_avg") for rank in (1, 2, 3)),
+)
+
+INT8_OPS: Final = frozenset(
+    (
+        *_ARITHMETIC,
+        *(
+            name
+            for name in op_names()
+            if op_named(name).kind in (Kind.CONTRACT, Kind.UNARY, Kind.MOVE, Kind.SPLIT)
+        ),
+    )
+)
+"""Ops with an int8 form in the Q/DQ graph, whatever runs it."""
+
+
+class Backend(Protocol):
+    """Runs a Q/DQ graph.
+
+    ``name`` is what users pass as ``backend=``; ``rules`` rewrite parts of the Q/DQ graph to the
+    backend's own ops, and whatever no rule takes runs as it stands.
+    """
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Lowering rules."""
+
+    @property
+    def costs(self) -> Costs:
+        """What its ops cost."""
+
+    @property
+    def saturates_pairs(self) -> bool:
+        """Whether its kernels add u8*s8 products in pairs of 16 bits (x86 without VNNI)."""
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or ``None``."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """One line of :func:`fxquant.backends`.
+
+    Args:
+        name: the backend.
+        available: whether it can run here.
+        reason: why not, or what it is.
+        detail: facts about this machine that matter to it.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    detail: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,61 @@
+"""The x86 backend: torch's built-in oneDNN int8 operators on plain tensors, nothing to install."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from fxquant.backends.base import MEASURED, Costs
+from fxquant.backends.x86_layer_rules import LAYER_RULES
+from fxquant.backends.x86_rules import OP_RULES
+from fxquant.patterns.rule import Rule
+
+_NEEDED: Final = {
+    "qconv_prepack": "default",
+    "qconv_pointwise": "default",
+    "qconv2d_pointwise": "binary",
+    "qlinear_prepack": "default",
+    "qlinear_pointwise": "default",
+    "qadd": "tensor",
+    "qadd_relu": "tensor",
+    "qmul": "tensor",
+    "qbatch_norm2d": "default",
+}
+
+
+def has_vnni() -> bool:
+    """Whether this processor adds u8*s8 products straight into 32 bits."""
+    probe = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
+@dataclass(frozen=True)
+class X86:
+    """Int8 kernels of the oneDNN that torch is built with."""
+
+    name: str = "x86"
+    rules: tuple[Rule, ...] = (*LAYER_RULES, *OP_RULES)
+    costs: Costs = MEASURED
+
+    @property
+    def saturates_pairs(self) -> bool:
+        """Without VNNI the kernels add products in pairs of 16 bits."""
+        return not has_vnni()
+
+    def missing(self) -> str | None:
+        """Another processor, a torch without oneDNN, or one whose operators have moved."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return f"this is a {platform.machine()} processor"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch is built without oneDNN"
+        gone = [
+            name
+            for name, overload in _NEEDED.items()
+            if not hasattr(getattr(torch.ops.onednn, name, None), overload)
+        ]
+        if gone:
+            return f"torch {torch.__version__} has no torch.ops.onednn.{gone[0]}"
+        return None

@@ -1,0 +1,314 @@
+"""Lowering of layers to the x86 backend.
+
+    quantize(act(conv2d(dequantize(x), dequantize_weight(w), b)))           ->  X86Conv(x)
+    quantize(relu(conv2d(...) + dequantize(y)))                             ->  X86ConvSum(x, y)
+    act(linear(dequantize(x), dequantize_weight(w), b))                     ->  X86Linear(x), float
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxquant.backends.x86_layers import (
+    Geometry,
+    PostOp,
+    X86Conv,
+    X86ConvSum,
+    X86Layer,
+    X86Linear,
+    X86LinearSum,
+)
+from fxquant.graph.edit import Editor
+from fxquant.graph.info import QType, info
+from fxquant.graph.op_table import argument, op_of
+from fxquant.graph.view import flat_nodes
+from fxquant.patterns.boundary import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
+from fxquant.patterns.expr import OpExpr, op, var
+from fxquant.patterns.match import Match, Reject
+from fxquant.patterns.norm import CONVS, LINEAR
+from fxquant.patterns.rule import Rule
+from fxquant.patterns.units import ACTIVATIONS
+
+LAYERS: Final = (*CONVS, *LINEAR)
+
+
+def _layer() -> OpExpr:
+    codes = op(DEQUANTIZE, var("x"), name="dq", shared=True)
+    weight = op(DEQUANTIZE_WEIGHT, var("w"), var("scale"), name="dqw", shared=True)
+    return op(LAYERS, codes, weight, var("bias"), name="layer")
+
+
+def _scalars(*names: str) -> Callable[[Node], tuple[float, ...]]:
+    return lambda node: tuple(float(argument(node, name)) for name in names)
+
+
+def _nothing(_: Node) -> tuple[float, ...]:
+    return ()
+
+
+_POST: Final[dict[str, tuple[str, Callable[[Node], tuple[float, ...]]]]] = {
+    "relu": ("relu", _nothing),
+    "relu6": ("hardtanh", lambda _: (0.0, 6.0)),
+    "hardtanh": ("hardtanh", _scalars("min_val", "max_val")),
+    "hardswish": ("hardswish", _nothing),
+    "silu": ("swish", _nothing),
+    "gelu": ("gelu", _nothing),
+    "leaky_relu": ("leaky_relu", _scalars("negative_slope")),
+    "tanh": ("tanh", _nothing),
+}
+_CONV2D_POST: Final = ("relu", "relu6", "hardtanh", "hardswish", "silu")
+_TAKES: Final = {
+    "conv1d": ("relu",),
+    "conv2d": _CONV2D_POST,
+    "conv3d": (),
+    "linear": tuple(_POST),
+}
+"""Which activations the kernel of each layer takes; see ``tests/backends/test_x86_layers.py``."""
+
+
+def post_op(layer: str, act: Node | None) -> PostOp | None:
+    """The kernel's form of an activation after ``layer``, or ``None`` if it has none."""
+    if act is None:
+        return PostOp()
+    found = op_of(act)
+    if found is None or found.name not in _TAKES[layer]:
+        return None
+    name, scalars = _POST[found.name]
+    algorithm = str(argument(act, "approximate")) if found.name == "gelu" else ""
+    return PostOp(name, scalars(act), algorithm)
+
+
+def _name(node: Node) -> str:
+    found = op_of(node)
+    return found.name if found is not None else ""
+
+
+def floor_of(match: Match) -> int | None:
+    """The code that ``relu`` clamps at, where the kernel itself has no ``relu``."""
+    act = match.bound.get("act")
+    if act is None or _name(act) != "relu" or _name(match.node("layer")) != "conv3d":
+        return None
+    return info(match.root).writes.zero_point  # type: ignore[union-attr]
+
+
+def kernel_takes(match: Match) -> Reject | None:
+    """The kernel must have the activation, the input codes must be what it reads."""
+    layer, act = match.node("layer"), match.bound.get("act")
+    reads = codes_type(match.node("dq"))
+    wanted = (torch.uint8,) if _name(layer) != "linear" else (torch.uint8, torch.int8)
+    if reads.dtype not in wanted:
+        return Reject(f"the kernel reads uint8, not {reads.dtype}", layer)
+    if match.node("dqw").args[2] not in (0, None):
+        return Reject("the weight is scaled along another axis than the output", layer)
+    quantized = _name(match.root) == QUANTIZE
+    if post_op(_name(layer), act) is None and not (quantized and floor_of(match) is not None):
+        return Reject(f"the {_name(layer)} kernel has no {_name(act) if act else 'such'}", layer)
+    return _full_range(match) if quantized else None
+
+
+def _full_range(match: Match) -> Reject | None:
+    """Kernels saturate at the ends of the type, not at those of a narrower code range."""
+    writes = info(match.root).writes
+    if writes is None:
+        return Reject("its result has no type", match.root)
+    limits = torch.iinfo(writes.dtype)
+    if (writes.quant_min, writes.quant_max) != (limits.min, limits.max):
+        return Reject(f"it uses only codes {writes.quant_min}..{writes.quant_max}", match.root)
+    return None
+
+
+def codes_type(dq: Node) -> QType:
+    """The type of the codes that a ``dequantize`` reads."""
+    source = dq.args[0]
+    found = info(source).writes if isinstance(source, Node) else None
+    if found is None:
+        raise TypeError(f"%{dq.name} reads no codes")
+    return found
+
+
+def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight codes, scale and bias, as the graph's attributes hold them."""
+
+    def at(value: Any) -> Any:
+        if not isinstance(value, Node):
+            return None
+        parent, _, leaf = str(value.target).rpartition(".")
+        return getattr(editor.module.get_submodule(parent), leaf)
+
+    weight, scale = at(match.bound["w"]), at(match.bound["scale"])
+    if scale.numel() == 1:
+        scale = scale.expand(weight.shape[0]).contiguous()
+    return weight, scale, at(match.bound["bias"])
+
+
+def _geometry(layer: Node) -> Geometry:
+    rank = int(_name(layer)[4])
+
+    def each(name: str) -> tuple[int, ...]:
+        value = argument(layer, name)
+        return tuple(value) if isinstance(value, tuple | list) else (int(value),) * rank
+
+    return Geometry(
+        each("stride"), each("padding"), each("dilation"), int(argument(layer, "groups"))
+    )
+
+
+def _make(match: Match, editor: Editor, writes: QType | None, other: QType | None) -> X86Layer:
+    layer, dq = match.node("layer"), match.node("dq")
+    parts = (*_tensors(match, editor), codes_type(dq), writes)
+    post = post_op(_name(layer), match.bound.get("act")) or PostOp()
+    if _name(layer) == "linear":
+        if other is not None:
+            return X86LinearSum(*parts, post, other=other)
+        return X86Linear(*parts, post)
+    shape = info(dq).shape
+    more = (post, _geometry(layer), shape)
+    if other is not None:
+        return X86ConvSum(*parts, *more, other=other)
+    made = X86Conv(*parts, *more)
+    made.floor = floor_of(match) if writes is not None else None
+    return made
+
+
+def put(
+    match: Match,
+    editor: Editor,
+    module: nn.Module,
+    inputs: tuple[Node, ...],
+    writes: QType | None,
+    *,
+    path: str,
+    like: Node,
+) -> Node:
+    """Call ``module`` on codes where the match stood."""
+    root = match.root
+    standing = path and _is_container(editor, path)
+    if standing:
+        editor.set_module(path, module)
+    else:
+        path = editor.add_module(path or root.name, module)
+    made = editor.call_module(path, inputs, like=like, before=root)
+    editor.annotate(
+        made,
+        writes=writes,
+        reads=tuple(info(value).writes for value in inputs),
+        value="tensor",
+        decision=info(like).decision,
+        shape=info(root).shape,
+    )
+    editor.replace(root, made, *match.nodes[1:])
+    return made
+
+
+def _is_container(editor: Editor, path: str) -> bool:
+    """Whether the place belongs to the layer's own weight holder."""
+    try:
+        return "weight_scale" in dict(editor.module.get_submodule(path).named_buffers())
+    except AttributeError:
+        return False
+
+
+def _path(match: Match) -> str:
+    return str(match.bound["w"].target).rpartition(".")[0]
+
+
+def _lower(match: Match, editor: Editor) -> None:
+    writes = info(match.root).writes if _name(match.root) == QUANTIZE else None
+    module = _make(match, editor, writes, None)
+    codes = match.node("dq").args[0]
+    if isinstance(codes, Node):
+        put(match, editor, module, (codes,), writes, path=_path(match), like=match.node("layer"))
+
+
+def sum_fits(match: Match) -> Reject | None:
+    """Sums exist for 2-d convolutions and linears, with ``relu`` or nothing after them."""
+    layer = match.node("layer")
+    if _name(layer) not in ("conv2d", "linear"):
+        return Reject(f"the {_name(layer)} kernel has no sum", layer)
+    if codes_type(match.node("dq2")).dtype != torch.uint8:
+        return Reject("the kernel sums uint8 only", layer)
+    a, b = info(match.node("add")).shape, info(match.node("dq2")).shape
+    if a is not None and b is not None and a != b:
+        return Reject("the sum broadcasts", match.node("add"))
+    return None
+
+
+def _lower_sum(match: Match, editor: Editor) -> None:
+    writes = info(match.root).writes
+    module = _make(match, editor, writes, codes_type(match.node("dq2")))
+    codes, other = match.node("dq").args[0], match.node("dq2").args[0]
+    if not isinstance(codes, Node) or not isinstance(other, Node):
+        return
+    if not may_overwrite(other, match.node("dq2"), match.root):
+        kept = info(other).writes
+        other = editor.call(torch.clone, (other,), like=other, before=match.root)
+        editor.annotate(other, writes=kept, reads=(kept,), value="tensor")
+    made = put(
+        match, editor, module, (codes, other), writes, path=_path(match), like=match.node("layer")
+    )
+    made.meta["overwrites"] = 1
+
+
+def may_overwrite(codes: Node, dq: Node, at: Node) -> bool:
+    """Whether the memory of ``codes`` is free once the op at ``at`` has read it."""
+    if codes.op in ("placeholder", "get_attr") or _shares_memory(codes):
+        return False
+    for reader in _readers(codes):
+        found = op_of(reader)
+        if found is not None and found.alias:
+            return False
+        if reader.op == "output" or (at < reader and reader is not at):
+            return False
+    return dq is not at
+
+
+def _readers(codes: Node) -> list[Node]:
+    found: list[Node] = []
+    for user in codes.users:
+        found.extend(user.users if _name(user) == DEQUANTIZE else (user,))
+    return found
+
+
+def _shares_memory(codes: Node) -> bool:
+    """Whether codes will be a view of other codes, once lowered."""
+    maker = next(flat_nodes(codes.args), None) if _name(codes) == QUANTIZE else codes
+    found = op_of(maker) if maker is not None else None
+    if maker is not None and _name(maker) == DEQUANTIZE:
+        return False
+    return found is not None and found.alias
+
+
+def _q(inner: OpExpr) -> OpExpr:
+    return op(QUANTIZE, inner, name="q")
+
+
+_OTHER: Final = op(DEQUANTIZE, var("y"), name="dq2", shared=True)
+_SUM: Final = op("add", _layer(), _OTHER, name="add", alpha=1)
+
+LAYER_RULES: Final = (
+    Rule(
+        "x86-layer-sum",
+        _q(op("relu", _SUM, name="act", optional=True)),
+        _lower_sum,
+        (kernel_takes, sum_fits),
+        priority=30,
+    ),
+    Rule(
+        "x86-layer",
+        _q(op(ACTIVATIONS, _layer(), name="act", optional=True)),
+        _lower,
+        (kernel_takes,),
+        priority=20,
+    ),
+    Rule(
+        "x86-layer-float",
+        op(ACTIVATIONS, _layer(), name="act", optional=True),
+        _lower,
+        (kernel_takes,),
+    ),
+)

@@ -1,0 +1,292 @@
+"""Layers that call torch's built-in oneDNN int8 operators (``torch.ops.onednn``) on plain tensors.
+
+Buffers hold the plain integer weight, so ``state_dict``, ``deepcopy`` and pickles see nothing
+else; the packed form that the kernels want is rebuilt from them, never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.graph.info import QType
+
+_ONEDNN: Final = torch.ops.onednn
+
+
+@dataclass(frozen=True)
+class PostOp:
+    """What a kernel does to its sums before it writes them.
+
+    Args:
+        name: the operator's own name for it: ``none``, ``relu``, ``gelu``, ...
+        scalars: its numbers.
+        algorithm: its variant, where it has any.
+    """
+
+    name: str = "none"
+    scalars: tuple[float, ...] = ()
+    algorithm: str = ""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution walks.
+
+    Args:
+        stride: per spatial dimension.
+        padding: per spatial dimension, both sides.
+        dilation: per spatial dimension.
+        groups: number of groups.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class X86Layer(nn.Module):
+    """An int8 layer: codes in, codes or float out.
+
+    Args:
+        weight: int8 codes, shaped as in the float layer.
+        scale: float32 ``[channels]`` or ``[1]``.
+        bias: float32 ``[channels]`` or ``None``.
+        reads: type of the input codes.
+        writes: type of the output codes, or ``None`` for float32.
+        post: what follows the sum inside the kernel.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        reads: QType,
+        writes: QType | None,
+        post: PostOp,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+        self.reads, self.writes, self.post = reads, writes, post
+        # A relu whose kernel has none: codes below the zero point are the negative numbers.
+        self.floor: int | None = None
+        self._call: tuple[Any, ...] = ()
+
+    def pack(self) -> None:
+        """Rebuild what the kernel wants from the buffers."""
+        raise TypeError(f"{type(self).__name__} does not define pack()")
+
+    def _output(self) -> tuple[float, int, torch.dtype]:
+        if self.writes is None:
+            return 1.0, 0, torch.float32
+        return self.writes.scale, self.writes.zero_point, self.writes.dtype
+
+    def _channel_scale(self) -> Tensor:
+        return self.weight_scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the packed form, which cannot be copied or pickled."""
+        return {key: value for key, value in self.__dict__.items() if key != "_call"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the packed form of a copy."""
+        super().__setstate__(state)
+        self._call = ()
+        self.pack()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pack()
+
+    def extra_repr(self) -> str:
+        """Shapes, types and post-op, for ``print(model)``."""
+        after = f", {self.post.name}" if self.post.name != "none" else ""
+        return f"{tuple(self.weight.shape)}{after}, {self.reads} -> {self.writes or 'float32'}"
+
+
+class X86Conv(X86Layer):
+    """A convolution of 1, 2 or 3 dimensions."""
+
+    def __init__(  # noqa: PLR0913 - a convolution has that many parts
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        reads: QType,
+        writes: QType | None,
+        post: PostOp,
+        geometry: Geometry,
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        super().__init__(weight, scale, bias, reads, writes, post)
+        self.geometry = geometry
+        self.shape = shape
+        self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
+        self._layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        self.pack()
+
+    def _packed(self) -> Tensor:
+        g = self.geometry
+        packed: Tensor = _ONEDNN.qconv_prepack(
+            self.weight,
+            self.weight_scale,
+            self.reads.scale,
+            self.reads.zero_point,
+            list(g.stride),
+            list(g.padding),
+            list(g.dilation),
+            g.groups,
+            list(self.shape) if self.shape is not None else None,
+        )
+        return packed
+
+    def pack(self) -> None:
+        """Reorder the weight and lay out the call's constant arguments."""
+        g = self.geometry
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._head = (self.reads.scale, self.reads.zero_point)
+        self._call = (
+            self._packed(),
+            self.weight_scale,
+            zeros,
+            self.bias,
+            list(g.stride),
+            list(g.padding),
+            list(g.dilation),
+            g.groups,
+            *self._output(),
+            self.post.name,
+            list(self.post.scalars),
+            self.post.algorithm,
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """One kernel call; ``codes`` uint8 ``[batch, channels, ...]``."""
+        result: Tensor = self._kernel(codes, *self._head, *self._call)
+        return result if self.floor is None else result.clamp_(min=self.floor)
+
+
+class X86ConvSum(X86Conv):
+    """``act(conv(x) + other)``, written over the memory of ``other``."""
+
+    def __init__(self, *args: Any, other: QType, **kwargs: Any) -> None:
+        self.other = other
+        super().__init__(*args, **kwargs)
+        self._kernel = _ONEDNN.qconv2d_pointwise.binary
+
+    def pack(self) -> None:
+        """As for a plain convolution, with the sum's own scale."""
+        g = self.geometry
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._head = (self.reads.scale, self.reads.zero_point)
+        self._weights = (self._packed(), self.weight_scale, zeros)
+        self._call = (
+            self.bias,
+            list(g.stride),
+            list(g.padding),
+            list(g.dilation),
+            g.groups,
+            *self._output(),
+            self.other.scale,
+            self.other.zero_point,
+            "sum",
+            1.0,
+            self.post.name,
+            list(self.post.scalars),
+            self.post.algorithm,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the packed form."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_weights"}
+
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
+        total = other.contiguous(memory_format=self._layout)
+        result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
+        return result
+
+
+class X86Linear(X86Layer):
+    """A linear layer over the last dimension."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        reads: QType,
+        writes: QType | None,
+        post: PostOp,
+    ) -> None:
+        super().__init__(weight, scale, bias, reads, writes, post)
+        self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
+        self.pack()
+
+    def pack(self) -> None:
+        """Reorder the weight and lay out the call's constant arguments."""
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._head = (self.reads.scale, self.reads.zero_point)
+        self._call = (
+            _ONEDNN.qlinear_prepack(self.weight, None),
+            self.weight_scale,
+            zeros,
+            self.bias,
+            *self._output(),
+            self.post.name,
+            list(self.post.scalars),
+            self.post.algorithm,
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """One kernel call; ``codes`` uint8 or int8 ``[..., features]``."""
+        result: Tensor = self._kernel(codes, *self._head, *self._call)
+        return result
+
+
+class X86LinearSum(X86Linear):
+    """``act(linear(x) + other)``, written over the memory of ``other``."""
+
+    def __init__(self, *args: Any, other: QType, **kwargs: Any) -> None:
+        self.other = other
+        super().__init__(*args, **kwargs)
+        self._kernel = _ONEDNN.qlinear_pointwise.binary
+
+    def pack(self) -> None:
+        """As for a plain linear, with the sum's own scale."""
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._head = (self.reads.scale, self.reads.zero_point)
+        self._weights = (_ONEDNN.qlinear_prepack(self.weight, None), self.weight_scale, zeros)
+        self._call = (
+            self.bias,
+            *self._output(),
+            self.other.scale,
+            self.other.zero_point,
+            "sum",
+            1.0,
+            self.post.name,
+            list(self.post.scalars),
+            self.post.algorithm,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the packed form."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_weights"}
+
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
+        total = other.contiguous()
+        result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
+        return result

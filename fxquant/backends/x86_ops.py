@@ -1,0 +1,264 @@
+"""Ops on plain codes without an integer weight: sums, products, affine, pools, tables."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant.graph.info import QType
+from fxquant.graph.op_table import op_named
+from fxquant.numerics.affine import quantize
+from fxquant.numerics.lut import apply_table
+
+_ONEDNN: Final = torch.ops.onednn
+_PAIR_KERNELS: Final = {
+    ("add", False): _ONEDNN.qadd.tensor,
+    ("add", True): _ONEDNN.qadd_relu.tensor,
+    ("mul", False): _ONEDNN.qmul.tensor,
+}
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Same shape and same dense layout: the kernels need both and check neither."""
+    if a.shape != b.shape:
+        a, b = torch.broadcast_tensors(a, b)
+    if _is_channels_last(a) or _is_channels_last(b):
+        layout = torch.channels_last
+        return a.contiguous(memory_format=layout), b.contiguous(memory_format=layout)
+    return a.contiguous(), b.contiguous()
+
+
+class PairCodes(nn.Module):
+    """``quantize(real(a) + real(b))`` or ``*``, of uint8 codes that may broadcast.
+
+    Args:
+        name: ``"add"`` or ``"mul"``.
+        relu: whether ``relu`` follows.
+        a: type of the first input.
+        b: type of the second input.
+        writes: type of the result.
+    """
+
+    def __init__(self, name: str, relu: bool, a: QType, b: QType, writes: QType) -> None:
+        super().__init__()
+        self.name, self.relu = name, relu
+        self.a, self.b, self.writes = a, b, writes
+        self.floor = writes.zero_point if relu and name == "mul" else None
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """One kernel call; a broadcast operand is first written out."""
+        a, b = _alike(a, b)
+        if a.numel() == 0:
+            return torch.empty_like(a)
+        kernel = _PAIR_KERNELS[self.name, self.relu and self.name == "add"]
+        result: Tensor = kernel(
+            a,
+            self.a.scale,
+            self.a.zero_point,
+            b,
+            self.b.scale,
+            self.b.zero_point,
+            self.writes.scale,
+            self.writes.zero_point,
+            self.writes.dtype,
+        )
+        return result if self.floor is None else result.clamp_(min=self.floor)
+
+    def extra_repr(self) -> str:
+        """Types, for ``print(model)``."""
+        return f"{self.name}{'+relu' if self.relu else ''}, {self.a}, {self.b} -> {self.writes}"
+
+
+class NormCodes(nn.Module):
+    """A batch norm alone: ``quantize(real(codes) * scale + shift)``, one pair per channel.
+
+    Args:
+        scale: float32 ``[channels]``.
+        shift: float32 ``[channels]``.
+        reads: type of the input.
+        writes: type of the result.
+        relu: whether ``relu`` follows.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self, scale: Tensor, shift: Tensor, reads: QType, writes: QType, relu: bool
+    ) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_buffer("mean", torch.zeros_like(scale), persistent=False)
+        self.register_buffer("var", torch.ones_like(scale), persistent=False)
+        self.reads, self.writes = reads, writes
+        # The kernel clamps at code 0, which is relu if that is the code of zero.
+        self.floor = writes.zero_point if relu and writes.zero_point != writes.quant_min else None
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
+        if codes.numel() == 0:
+            return codes.clone()
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        result: Tensor = _ONEDNN.qbatch_norm2d(
+            codes,
+            self.reads.scale,
+            self.reads.zero_point,
+            self.scale,
+            self.shift,
+            self.mean,
+            self.var,
+            0.0,
+            self.writes.scale,
+            self.writes.zero_point,
+            self.writes.dtype,
+        )
+        return result if self.floor is None else result.clamp_(min=self.floor)
+
+    def extra_repr(self) -> str:
+        """Types, for ``print(model)``."""
+        return f"{self.scale.numel()}, {self.reads} -> {self.writes}"
+
+
+class TableCodes(nn.Module):
+    """Any function of one element, as a table with one entry per code.
+
+    Args:
+        table: ``[256]`` codes of the result.
+        name: the function, for people.
+        writes: type of the result.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, name: str, writes: QType) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.name, self.writes = name, writes
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Look every code up."""
+        return apply_table(codes, self.table)
+
+    def extra_repr(self) -> str:
+        """The function and the result's type, for ``print(model)``."""
+        return f"{self.name} -> {self.writes}"
+
+
+class MaxPool2dCodes(nn.Module):
+    """``max_pool2d`` on codes: order is all it needs, so it is exact.
+
+    Torch's own kernel refuses uint8 images of more than 255 pixels (its index has the type of
+    the data). Running maxima of slices, down the rows and then along the columns, measured three
+    times faster than a detour through float.
+
+    Args:
+        options: the arguments of ``max_pool2d`` after its input.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+        kernel = _pair(options["kernel_size"])
+        stride = _pair(options["stride"] if options["stride"] is not None else kernel)
+        self._rows = (kernel[0], stride[0], _pair(options["dilation"])[0])
+        self._columns = (kernel[1], stride[1], _pair(options["dilation"])[1])
+        ph, pw = _pair(options["padding"])
+        self._pad = (pw, pw, ph, ph) if ph or pw else None
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """``codes`` uint8 ``[batch, channels, height, width]``; other inputs go through float."""
+        if codes.dim() != 4 or self.options["ceil_mode"] or codes.numel() == 0:
+            pooled: Tensor = F.max_pool2d(codes.float(), **self.options)
+            return pooled.to(codes.dtype)
+        if self._pad is not None:
+            lowest = 0 if codes.dtype == torch.uint8 else -128
+            codes = F.pad(codes, self._pad, value=lowest)
+        return _running_max(_running_max(codes, 2, *self._rows), 3, *self._columns)
+
+    def extra_repr(self) -> str:
+        """The pool's own arguments, for ``print(model)``."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def _running_max(codes: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
+    count = (codes.shape[dim] - dilation * (size - 1) - 1) // stride + 1
+    last = (count - 1) * stride + 1
+    index: list[slice] = [slice(None)] * codes.dim()
+    windows = []
+    for step in range(size):
+        index[dim] = slice(step * dilation, step * dilation + last, stride)
+        windows.append(codes[tuple(index)])
+    best = windows[0]
+    for window in windows[1:]:
+        best = torch.maximum(best, window)
+    return best
+
+
+class ThroughFloat(nn.Module):
+    """A selection of codes by an op that torch has only for float, in which codes are exact.
+
+    Args:
+        name: the canonical op.
+        options: its arguments after the input.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.name, self.options = name, options
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes to float, the op, and back; nothing rounds."""
+        target = op_named(self.name).target
+        moved: Tensor = target(codes.float(), **self.options)  # type: ignore[misc]
+        return moved.to(codes.dtype)
+
+    def extra_repr(self) -> str:
+        """The op, for ``print(model)``."""
+        return self.name
+
+
+class AverageCodes(nn.Module):
+    """``quantize(average(real(codes)))``: the affine map moves past the average.
+
+    Sums of codes are exact in float32 below 2**24, so only the last steps round.
+
+    Args:
+        name: the canonical op, an average over a fixed number of elements.
+        options: its arguments after the input.
+        reads: type of the input.
+        writes: type of the result.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], reads: QType, writes: QType) -> None:
+        super().__init__()
+        self.name, self.options, self.reads, self.writes = name, options, reads, writes
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Average the codes, then map once per result."""
+        average = op_named(self.name).target
+        mean: Tensor = average(codes.float(), **self.options)  # type: ignore[misc]
+        out = self.writes
+        real = mean.sub_(self.reads.zero_point).mul_(self.reads.scale)
+        return quantize(
+            real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype
+        )
+
+    def extra_repr(self) -> str:
+        """The op and types, for ``print(model)``."""
+        return f"{self.name}, {self.reads} -> {self.writes}"

@@ -1,0 +1,81 @@
+"""How codes flow: which values carry the same codes, and who reads them as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from fxquant.graph.info import info
+from fxquant.graph.op_table import argument, is_op, op_of
+from fxquant.graph.ops import Kind
+from fxquant.graph.view import Unit, tensor_sources, units
+
+
+def moves_codes(node: Node) -> bool:
+    """Whether an int8 op hands codes on untouched: a view, a selection, a max pool, a split."""
+    op = op_of(node)
+    if op is None:
+        return False
+    if op.name == "interpolate":
+        return bool(argument(node, "mode") in ("nearest", "nearest-exact"))
+    return op.kind in (Kind.MOVE, Kind.SPLIT)
+
+
+def wanted_int8(node: Node) -> bool:
+    """Whether the decision so far is int8."""
+    decision = info(node).decision
+    return decision is not None and decision.int8
+
+
+def root_of(node: Node) -> Node:
+    """The value whose codes ``node`` carries: itself, or what was moved to make it."""
+    while wanted_int8(node) and moves_codes(node):
+        sources = tensor_sources(node)
+        if not sources:
+            return node
+        node = sources[0]
+    return node
+
+
+class Flow:
+    """The int8 units of a graph and the values between them.
+
+    Args:
+        graph: an annotated graph.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.units = units(graph)
+        self._unit_of = {node: unit for unit in self.units for node in unit.nodes}
+
+    def unit_of(self, node: Node) -> Unit | None:
+        """The unit that ``node`` belongs to."""
+        return self._unit_of.get(node)
+
+    def int8_units(self) -> Iterator[Unit]:
+        """Units decided to run in int8, in graph order."""
+        return (unit for unit in self.units if wanted_int8(unit.output))
+
+    def arithmetic_units(self) -> Iterator[Unit]:
+        """The int8 units that compute, rather than move codes."""
+        return (unit for unit in self.int8_units() if not moves_codes(unit.output))
+
+    def read_as_codes(self, node: Node) -> bool:
+        """Whether an int8 op that computes reads ``node``, maybe through moves."""
+        todo = list(node.users)
+        seen: set[str] = set()
+        while todo:
+            user = todo.pop()
+            if user.name in seen or not wanted_int8(user):
+                continue
+            seen.add(user.name)
+            if not moves_codes(user):
+                return True
+            todo.extend(user.users)
+        return False
+
+
+def is_join(node: Node) -> bool:
+    """Whether ``node`` puts tensors side by side."""
+    return is_op(node, "cat", "stack")

@@ -1,0 +1,125 @@
+"""Annotate: decide which units may run in int8, and say why the others stay in float.
+
+Liberal on purpose: what is merely possible here is weighed against its cost once calibration has
+seen the sizes (:mod:`fxquant.passes.place`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import moves_codes
+from fxquant.graph.info import Decision, info
+from fxquant.graph.op_table import argument, module_of, op_of
+from fxquant.graph.ops import Kind, Op
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import Unit, flat_nodes, tensor_sources, units
+from fxquant.passes.base import Pass
+
+_PAIRS: Final = ("add", "sub", "mul", "div")
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Write a decision into the record of every op.
+
+    Args:
+        int8_ops: names of the ops that have an int8 form.
+        reasons: for ops without one, why not.
+    """
+
+    name: ClassVar[str] = "annotate"
+    needs: ClassVar[Stage] = Stage.FUSED
+    gives: ClassVar[Stage] = Stage.ANNOTATED
+    int8_ops: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, editor: Editor) -> None:
+        """Decide unit by unit; calls the op table cannot read are decided one by one."""
+        with editor.rule("annotate"):
+            for unit in units(editor.graph):
+                decision = self.decide(unit)
+                for node in unit.nodes:
+                    editor.annotate(node, decision=decision)
+            for node in editor.graph.nodes:
+                if info(node).opaque:
+                    why = Decision(False, info(node).opaque, "the op table")
+                    editor.annotate(node, decision=why)
+
+    def decide(self, unit: Unit) -> Decision:
+        """Whether ``unit`` may run in int8."""
+        head = unit.head
+        op = op_of(head)
+        if op is None:
+            return Decision(False, "the op table does not know it", "the op table")
+        record = info(head)
+        config = record.config
+        if config is None or config.activation is None:
+            return Decision(False, "it was asked to stay float", record.configured_by)
+        why = (
+            self._no_form(op, head)
+            or _bad_weight(op, head, config.weight is None)
+            or _bad_values(unit)
+        )
+        if why is not None:
+            return Decision(False, why, "annotate")
+        return Decision(True, f"{op.name} has an int8 form", record.configured_by)
+
+    def _no_form(self, op: Op, node: Node) -> str | None:
+        if op.kind is Kind.SHAPE:
+            return "it answers a question about a shape"
+        if op.name not in self.int8_ops:
+            return self.reasons.get(op.name, f"{op.name} has no int8 form here")
+        if op.name == "interpolate" and not moves_codes(node):
+            return f"interpolate with mode={argument(node, 'mode')!r} has no int8 form here"
+        if op.name == "batch_norm" and module_of(node).training:
+            return "a batch norm in training mode changes with every batch"
+        if op.name == "dropout":
+            return "it is active dropout"
+        if op.name == "div" and isinstance(argument(node, "other"), Node):
+            return "division by a tensor has no int8 form here"
+        if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):
+            return "its options are computed in every call"
+        return None
+
+
+def _bad_weight(op: Op, node: Node, weight_is_float: bool) -> str | None:
+    if op.kind is not Kind.CONTRACT:
+        return None
+    if weight_is_float:
+        return "its weight was asked to stay float"
+    if node.op != "call_module":
+        return "its weight is computed in every call"
+    weight = module_of(node).get_parameter("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet: run the model once before quantizing"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}, and int8 kernels are made from float32"
+    if not bool(torch.isfinite(weight).all()):
+        return "its weight holds NaN or infinity"
+    return None
+
+
+def _bad_values(unit: Unit) -> str | None:
+    for node in unit.nodes:
+        if info(node).pinned:
+            return info(node).pinned
+        for source in tensor_sources(node):
+            if info(source).pinned:
+                return info(source).pinned
+            if info(source).value in ("scalar", "sizes"):
+                return f"%{source.name} is a number computed in every call"
+    head = unit.head
+    op = op_of(head)
+    if op is not None and op.kind in (Kind.MOVE, Kind.SPLIT, Kind.UNARY):
+        kind = info(tensor_sources(head)[0]).value if tensor_sources(head) else "unknown"
+        if kind == "unknown":
+            return "it is not known whether its input is a tensor"
+    return None

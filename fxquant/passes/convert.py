@@ -1,0 +1,212 @@
+"""Convert: from decisions and ranges to the Q/DQ graph, the hub every backend lowers from.
+
+    conv(x)   ->   conv2d(dequantize(quantize(x)), dequantize_weight(w_int8), bias) -> quantize
+
+Weights become integers here. A value that int8 ops read is quantized once, right where it is made,
+and read through one ``dequantize``; readers in float read that too if the maker is int8, since
+then only codes exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import Flow, is_join, moves_codes, wanted_int8
+from fxquant.graph.info import Decision, QType, info
+from fxquant.graph.op_table import (
+    DEQUANTIZE,
+    DEQUANTIZE_WEIGHT,
+    QUANTIZE,
+    module_of,
+    op_named,
+    op_of,
+)
+from fxquant.graph.ops import Kind, Op
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import tensor_sources
+from fxquant.numerics.affine import quantize_weight
+from fxquant.numerics.integer import fits_int32, pair_saturates
+from fxquant.numerics.observers import weight_qparams
+from fxquant.passes.base import Pass
+from fxquant.spec import DEFAULT_WEIGHT, QSpec
+
+
+class QuantizedWeight(nn.Module):
+    """Holds the integer weight of one layer, under the path of the layer it came from.
+
+    Args:
+        weight: int8 codes, shaped as the layer's weight.
+        scale: float32, ``[channels]`` or ``[1]``.
+        bias: float32 ``[channels]`` or ``None``.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+
+    def extra_repr(self) -> str:
+        """Shape and granularity, for ``print(model)``."""
+        kind = "per channel" if self.weight_scale.numel() > 1 else "per tensor"
+        return f"{tuple(self.weight.shape)} int8 {kind}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True)
+class Convert(Pass):
+    """Write the Q/DQ graph.
+
+    Args:
+        saturates_pairs: whether the machine's kernels add products in pairs of 16 bits; then
+            weights that could pass them use 7 bits, and only those.
+    """
+
+    name: ClassVar[str] = "convert"
+    needs: ClassVar[Stage] = Stage.MEASURED
+    gives: ClassVar[Stage] = Stage.QDQ
+    saturates_pairs: bool = False
+
+    def run(self, editor: Editor) -> None:
+        """Weights first: one whose sums could pass 32 bits sends its unit back to float."""
+        cache: dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]] = {}
+        for node in list(editor.graph.nodes):
+            op = op_of(node)
+            if op is not None and op.kind is Kind.CONTRACT and wanted_int8(node):
+                self._weight(editor, node, op, cache)
+        self._edges(editor)
+        with editor.rule("drop-dead"):
+            editor.clean()
+
+    def _weight(
+        self,
+        editor: Editor,
+        node: Node,
+        op: Op,
+        cache: dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]],
+    ) -> None:
+        layer: Any = module_of(node)
+        config = info(node).config
+        spec = config.weight if config is not None and config.weight is not None else DEFAULT_WEIGHT
+        # A transposed weight is [in, out / groups, ...]: groups share the scale of a channel.
+        axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+        key = (id(layer.weight), spec, axis)
+        if key not in cache:
+            cache[key] = self._integers(layer.weight.detach(), spec, axis)
+        codes, scale = cache[key]
+        if not fits_int32(codes, 255, axis):
+            self._refuse(editor, node)
+            return
+        bias = layer.bias.detach().clone() if layer.bias is not None else None
+        path = str(node.target)
+        with editor.rule("quantize-weight"):
+            editor.set_module(path, QuantizedWeight(codes, scale, bias))
+            self._call(editor, node, op, layer, None if scale.numel() == 1 else axis)
+
+    def _integers(self, weight: Tensor, spec: QSpec, axis: int) -> tuple[Tensor, Tensor]:
+        qparams = weight_qparams(weight, spec, axis)
+        codes = quantize_weight(weight, qparams)
+        if self.saturates_pairs and spec.bits == 8 and bool(pair_saturates(codes).any()):
+            narrow = QSpec(spec.dtype, 7, spec.symmetric, spec.granularity, spec.observer)
+            qparams = weight_qparams(weight, narrow, axis)
+            codes = quantize_weight(weight, qparams)
+        return codes, qparams.scale
+
+    @staticmethod
+    def _refuse(editor: Editor, node: Node) -> None:
+        why = "the sum of its products could pass 32 bits"
+        unit = next((u for u in Flow(editor.graph).units if node in u.nodes), None)
+        with editor.rule("leave-float"):
+            for member in unit.nodes if unit is not None else (node,):
+                editor.annotate(member, decision=Decision(False, why, "convert"))
+
+    @staticmethod
+    def _call(editor: Editor, node: Node, op: Op, layer: Any, axis: int | None) -> None:
+        """``call_module[conv](x)`` becomes ``conv2d(x, dequantize_weight(w), b, ...)``."""
+        path = str(node.target)
+        codes = editor.get_attr(f"{path}.weight", like=node, before=node)
+        scale = editor.get_attr(f"{path}.weight_scale", like=node, before=node)
+        real = editor.call(
+            op_named(DEQUANTIZE_WEIGHT), (codes, scale, axis), like=node, before=node
+        )
+        bias = None
+        if layer.bias is not None:
+            bias = editor.get_attr(f"{path}.bias", like=node, before=node)
+        for made in (codes, scale, real, bias):
+            if made is not None:
+                editor.note_values(made, unit=None, decision=None, value="tensor", shape=None)
+        options = {name: getattr(layer, name) for name in op.options}
+        function = next(iter(op.functions))
+        editor.set_call(node, function, (node.args[0], real, bias), options)
+
+    @staticmethod
+    def _edges(editor: Editor) -> None:
+        boundary = _Boundary(editor)
+        for node in list(editor.graph.nodes):
+            boundary.settle(node)
+
+
+class _Boundary:
+    """Puts ``quantize`` and ``dequantize`` where codes are made and read."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+
+    def settle(self, value: Node) -> None:
+        """Quantize ``value`` if int8 ops read it, and let its readers read the codes."""
+        qtype = info(value).qtype
+        tuple_valued = info(value).value == "tensors"
+        if qtype is None or tuple_valued or is_inside(value):
+            return
+        makes_codes = wanted_int8(value)
+        readers = [u for u in value.users if wanted_int8(u) and value in tensor_sources(u)]
+        # Moving codes is exact, so codes that were moved stay codes even for readers in float.
+        if not readers and not (makes_codes and moves_codes(value)):
+            return
+        with self._editor.rule("insert-qdq"):
+            users = list(value.users)
+            real = self._pair(value, qtype)
+            for user in users:
+                if user in readers or makes_codes:
+                    self._editor.replace_use(user, value, real)
+            self._join(real, qtype)
+
+    def _join(self, real: Node, qtype: QType) -> None:
+        """A join that does not share this scale reads its own, requantized."""
+        for user in list(real.users):
+            wanted = info(user).qtype
+            if not is_join(user) or not wanted_int8(user) or wanted is None or wanted == qtype:
+                continue
+            self._editor.replace_use(user, real, self._pair(real, wanted))
+
+    def _pair(self, value: Node, qtype: QType) -> Node:
+        editor = self._editor
+        last = value
+        while value.op == "placeholder" and last.next.op == "placeholder":
+            last = last.next
+        codes = editor.call(
+            op_named(QUANTIZE),
+            (value, qtype.scale, qtype.zero_point, qtype.quant_min, qtype.quant_max, qtype.dtype),
+            like=value,
+            after=last,
+        )
+        real = editor.call(
+            op_named(DEQUANTIZE), (codes, qtype.scale, qtype.zero_point), like=value, after=codes
+        )
+        editor.note_values(codes, writes=qtype, unit=None, decision=None, value="tensor")
+        editor.note_values(real, unit=None, decision=None, value="tensor")
+        return real
+
+
+def is_inside(value: Node) -> bool:
+    """Whether ``value`` is inside a unit, not its result."""
+    label = info(value).unit
+    return label is not None and any(info(user).unit == label for user in value.users)

@@ -1,0 +1,34 @@
+"""Fuse: apply fusion rules until nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.verify import Stage
+from fxquant.passes.base import Pass
+from fxquant.patterns.builtin import FUSION_RULES
+from fxquant.patterns.rule import Rule, RuleSet
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Fold batch norms and mark units.
+
+    Args:
+        rules: the rules to apply, the user's among them.
+    """
+
+    name: ClassVar[str] = "fuse"
+    needs: ClassVar[Stage] = Stage.CANONICAL
+    gives: ClassVar[Stage] = Stage.FUSED
+    rules: tuple[Rule, ...] = FUSION_RULES
+
+    def run(self, editor: Editor) -> None:
+        """Run the rule set to its fixpoint; near misses go to the editor's log of misses."""
+        report = RuleSet(self.rules).apply(editor)
+        for (rule, node), reject in report.near.items():
+            editor.miss(rule, node, reject.reason)
+        with editor.rule("drop-dead"):
+            editor.clean()

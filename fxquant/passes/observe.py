@@ -1,0 +1,64 @@
+"""Observe: put an observer beside every value that int8 ops will read or write.
+
+An observer is a side node: it reads the value and nobody reads it, so taking it out again leaves
+the graph as it was. Values that only move codes share the observer of what they move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import Flow, root_of, wanted_int8
+from fxquant.graph.info import info
+from fxquant.graph.verify import Stage
+from fxquant.numerics.observers import make_observer
+from fxquant.passes.base import Pass
+from fxquant.spec import QSpec
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Insert one observer per value."""
+
+    name: ClassVar[str] = "observe"
+    needs: ClassVar[Stage] = Stage.ANNOTATED
+    gives: ClassVar[Stage] = Stage.OBSERVED
+
+    def run(self, editor: Editor) -> None:
+        """Inputs of every int8 op that computes, and its output if another one reads it."""
+        for value, spec in sites(editor).items():
+            with editor.rule("insert-observer"):
+                path = info(value).path or value.name
+                where = editor.add_module(f"observer_{value.name}", make_observer(spec, path))
+                editor.call_module(where, (value,), like=value, after=_last_input(value))
+
+
+def _last_input(value: Node) -> Node:
+    """Placeholders stay together at the top of the graph."""
+    node = value
+    while value.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def sites(editor: Editor) -> dict[Node, QSpec]:
+    """The values to observe and how each will be quantized, in graph order."""
+    flow = Flow(editor.graph)
+    found: dict[Node, QSpec] = {}
+    for unit in flow.arithmetic_units():
+        config = info(unit.head).config
+        if config is None or config.activation is None:
+            continue
+        for edge in unit.inputs:
+            found.setdefault(root_of(edge.source), config.activation)
+        if flow.read_as_codes(unit.output):
+            found.setdefault(unit.output, config.result or config.activation)
+    for value in found:
+        config = info(value).config
+        if wanted_int8(value) and config is not None and config.result is not None:
+            found[value] = config.result
+    return {node: found[node] for node in editor.graph.nodes if node in found}

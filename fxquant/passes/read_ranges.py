@@ -1,0 +1,96 @@
+"""Read ranges: take scale and zero point from the observers, then take the observers out.
+
+An op whose input calibration never reached, or which turned out not to be floating point, goes
+back to float with that reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import Flow, root_of
+from fxquant.graph.info import Decision, QType, info
+from fxquant.graph.op_table import module_of
+from fxquant.graph.verify import Stage
+from fxquant.numerics.observers import Observer
+from fxquant.numerics.qparams import QParams
+from fxquant.passes.base import Pass
+
+
+def to_qtype(qparams: QParams) -> QType:
+    """Per-tensor qparams as the type of an edge."""
+    return QType(
+        qparams.scale_value,
+        qparams.zero_point_value,
+        qparams.quant_min,
+        qparams.quant_max,
+        qparams.dtype,
+    )
+
+
+@dataclass(frozen=True)
+class ReadRanges(Pass):
+    """Move what the observers know into the records."""
+
+    name: ClassVar[str] = "read-ranges"
+    needs: ClassVar[Stage] = Stage.OBSERVED
+    gives: ClassVar[Stage] = Stage.MEASURED
+
+    def run(self, editor: Editor) -> None:
+        """Read and erase every observer, then settle what was not seen."""
+        missing: dict[Node, str] = {}
+        for node in list(editor.graph.nodes):
+            if node.op != "call_module" or not isinstance(module_of(node), Observer):
+                continue
+            value = node.args[0]
+            if isinstance(value, Node):
+                self._read(editor, value, module_of(node), missing)
+            with editor.rule("erase-observer"):
+                editor.erase(node)
+        editor.module.delete_all_unused_submodules()
+        self._settle(editor, missing)
+
+    @staticmethod
+    def _read(editor: Editor, value: Node, observer: object, missing: dict[Node, str]) -> None:
+        if not isinstance(observer, Observer):
+            return
+        if not observer.floating:
+            missing[value] = f"%{value.name} is not a floating-point tensor"
+        elif not observer.seen:
+            missing[value] = f"calibration never reached {observer.path}"
+        else:
+            with editor.rule("read-range"):
+                qtype = to_qtype(observer.qparams())
+                editor.annotate(value, qtype=qtype, shape=observer.first_shape)
+
+    @staticmethod
+    def _settle(editor: Editor, missing: dict[Node, str]) -> None:
+        """Units that lack a range on an input or a needed output go to float, until none is left."""
+        changed = True
+        while changed:
+            changed = False
+            flow = Flow(editor.graph)
+            for unit in flow.int8_units():
+                why = _lacks(flow, unit.output, [edge.source for edge in unit.inputs], missing)
+                if why is None:
+                    continue
+                changed = True
+                with editor.rule("leave-float"):
+                    for node in unit.nodes:
+                        editor.annotate(node, decision=Decision(False, why, "calibration"))
+
+
+def _lacks(flow: Flow, output: Node, sources: list[Node], missing: dict[Node, str]) -> str | None:
+    for source in sources:
+        root = root_of(source)
+        if root in missing:
+            return missing[root]
+        if info(root).qtype is None and flow.read_as_codes(root):
+            return f"no range is known for %{root.name}"
+    if output in missing:
+        return missing[output]
+    return None

@@ -1,0 +1,127 @@
+"""Share scales: tensors that are put side by side get one scale, where their ranges agree.
+
+Union-find over the values. A group's range is the union of its members' ranges; a member joins
+only if its own range is at least half of that, since a coarser scale would cost it more than one
+bit. A branch that does not fit keeps its own scale and is requantized at the join.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import Flow, is_join, moves_codes, root_of, wanted_int8
+from fxquant.graph.info import QType, info
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import tensor_sources
+from fxquant.numerics.qparams import choose_qparams
+from fxquant.passes.base import Pass
+from fxquant.spec import QSpec
+
+_AGREE: Final = 2.0
+"""How many times wider than its own a member's range may become."""
+
+
+@dataclass
+class _Groups:
+    """Union-find with the range of each group."""
+
+    parent: dict[Node, Node]
+    span: dict[Node, tuple[float, float]]
+    narrowest: dict[Node, float]
+
+    def find(self, node: Node) -> Node:
+        """The representative of the group of ``node``."""
+        path = []
+        while self.parent[node] is not node:
+            path.append(node)
+            node = self.parent[node]
+        for step in path:
+            self.parent[step] = node
+        return node
+
+    def add(self, node: Node, qtype: QType) -> None:
+        """A group of its own for ``node``."""
+        self.parent.setdefault(node, node)
+        self.span.setdefault(node, (qtype.low, qtype.high))
+        self.narrowest.setdefault(node, qtype.high - qtype.low)
+
+    def unite(self, a: Node, b: Node) -> bool:
+        """Merge two groups if every member can bear the union's range; says whether it did."""
+        a, b = self.find(a), self.find(b)
+        if a is b:
+            return True
+        low = min(self.span[a][0], self.span[b][0])
+        high = max(self.span[a][1], self.span[b][1])
+        narrowest = min(self.narrowest[a], self.narrowest[b])
+        if high - low > _AGREE * narrowest:
+            return False
+        self.parent[b] = a
+        self.span[a] = (low, high)
+        self.narrowest[a] = narrowest
+        return True
+
+
+@dataclass(frozen=True)
+class ShareScales(Pass):
+    """Give the inputs and the output of every join one scale where ranges agree within 2x."""
+
+    name: ClassVar[str] = "share-scales"
+    needs: ClassVar[Stage] = Stage.MEASURED
+    gives: ClassVar[Stage] = Stage.MEASURED
+
+    def run(self, editor: Editor) -> None:
+        """Build the groups join by join, in graph order, then write their scales."""
+        groups = _Groups({}, {}, {})
+        for unit in Flow(editor.graph).int8_units():
+            node = unit.output
+            own = info(node).qtype
+            if not is_join(node) or own is None:
+                continue
+            groups.add(node, own)
+            for source in tensor_sources(node):
+                root = root_of(source)
+                qtype = info(root).qtype
+                if qtype is not None and _same_codes(qtype, own):
+                    groups.add(root, qtype)
+                    groups.unite(node, root)
+        for node in groups.parent:
+            self._write(editor, node, groups)
+        self._inherit(editor)
+
+    @staticmethod
+    def _write(editor: Editor, node: Node, groups: _Groups) -> None:
+        head = groups.find(node)
+        old = info(node).qtype
+        if old is None or not any(groups.find(n) is head for n in groups.parent if n is not node):
+            return
+        with editor.rule("share-scale"):
+            editor.annotate(node, qtype=_spanning(*groups.span[head], old))
+
+    @staticmethod
+    def _inherit(editor: Editor) -> None:
+        """Values that only moved codes have the type of what was moved."""
+        with editor.rule("inherit-scale"):
+            for node in editor.graph.nodes:
+                if wanted_int8(node) and moves_codes(node):
+                    editor.annotate(node, qtype=info(root_of(node)).qtype)
+
+
+def _same_codes(a: QType, b: QType) -> bool:
+    return (a.dtype, a.quant_min, a.quant_max) == (b.dtype, b.quant_min, b.quant_max)
+
+
+def _spanning(low: float, high: float, like: QType) -> QType:
+    """The type with the codes of ``like`` that spans ``[low, high]``."""
+    bits = (like.quant_max - like.quant_min + 1).bit_length() - 1
+    spec = QSpec("uint8" if like.dtype == torch.uint8 else "int8", bits=bits)
+    span = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+    qparams = choose_qparams(*span, spec)
+    return dataclasses.replace(
+        like, scale=qparams.scale_value, zero_point=qparams.zero_point_value
+    )

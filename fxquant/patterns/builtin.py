@@ -1,0 +1,15 @@
+"""All built-in fusion rules, in one tuple."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fxquant.patterns import conv, linear, norm, residual
+from fxquant.patterns.rule import Rule
+
+FUSION_RULES: Final[tuple[Rule, ...]] = (
+    *norm.RULES,
+    *conv.RULES,
+    *linear.RULES,
+    *residual.RULES,
+)

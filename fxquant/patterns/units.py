@@ -1,0 +1,48 @@
+"""Marking nodes as one unit: they run as one op, with no quantization between them."""
+
+from __future__ import annotations
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.info import info
+from fxquant.graph.op_table import op_named, op_names
+from fxquant.graph.ops import Kind
+from fxquant.patterns.match import Match, Reject
+
+ACTIVATIONS = tuple(name for name in op_names() if op_named(name).kind is Kind.UNARY)
+"""Every elementwise function of one tensor may end a unit."""
+
+
+def one_wish(match: Match) -> Reject | None:
+    """All members must be wanted in int8, or all in float: an override may split a unit."""
+    first = info(match.root)
+    for node in match.nodes[1:]:
+        record = info(node)
+        if (record.config is None) != (first.config is None):
+            return Reject(
+                f"{record.configured_by} says {_wish(record.config)} for %{node.name}, "
+                f"{first.configured_by} says {_wish(first.config)} for %{match.root.name}",
+                node,
+            )
+    return None
+
+
+def _wish(config: object) -> str:
+    return "float" if config is None else "int8"
+
+
+def memory_is_free(match: Match) -> Reject | None:
+    """Nothing writes in place into a value inside the unit."""
+    for node in match.nodes[1:]:
+        if info(node).pinned:
+            return Reject(info(node).pinned, node)
+    return None
+
+
+def group(match: Match, editor: Editor) -> None:
+    """Give all matched nodes the label of the unit: the name of the node called ``head``."""
+    label = match.node("head").name
+    for node in reversed(match.nodes):
+        editor.annotate(node, unit=label)
+
+
+CHECKS = (one_wish, memory_is_free)

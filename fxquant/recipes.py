@@ -1,0 +1,112 @@
+"""Recipes: which passes a mode runs, and which backend stands behind a name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Final
+
+from fxquant.backends.base import INT8_OPS, Availability, Backend
+from fxquant.backends.reference import Reference
+from fxquant.backends.x86 import X86, has_vnni
+from fxquant.errors import ConfigError
+from fxquant.passes.annotate import Annotate
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.configure import Configure, Selector
+from fxquant.passes.convert import Convert
+from fxquant.passes.functionalize import Functionalize
+from fxquant.passes.fuse import Fuse
+from fxquant.passes.lower import Lower
+from fxquant.passes.observe import Observe
+from fxquant.passes.place import Place
+from fxquant.passes.read_ranges import ReadRanges
+from fxquant.passes.share_scales import ShareScales
+from fxquant.passes.split_padding import SplitPadding
+from fxquant.passes.unshare import Unshare
+from fxquant.patterns.builtin import FUSION_RULES
+from fxquant.patterns.rule import Rule
+from fxquant.pipeline import Pipeline
+from fxquant.spec import QConfig
+
+_BACKENDS: Final[dict[str, Callable[[], Backend]]] = {"x86": X86, "reference": Reference}
+"""Fastest first: the order in which ``"auto"`` tries them."""
+
+_ABOUT: Final = {
+    "x86": "torch's built-in oneDNN int8 operators",
+    "reference": "quantize and dequantize in float, every device, the numerical truth",
+}
+
+
+def prepare_recipe(
+    qconfig: QConfig,
+    overrides: tuple[tuple[Selector, QConfig | None], ...],
+    patterns: tuple[Rule, ...],
+) -> Pipeline:
+    """From the captured graph to one with observers.
+
+    Args:
+        qconfig: the default configuration.
+        overrides: selectors and what applies to them, in order.
+        patterns: fusion rules tried before the built-in ones of the same priority and size.
+    """
+    return Pipeline(
+        (
+            Functionalize(),
+            Unshare(),
+            Canonicalize(),
+            SplitPadding(),
+            Configure(qconfig, overrides),
+            Fuse((*patterns, *FUSION_RULES)),
+            Annotate(INT8_OPS),
+            Observe(),
+        )
+    )
+
+
+def convert_recipe(backend: Backend) -> Pipeline:
+    """From a calibrated graph to the backend's own ops."""
+    return Pipeline(
+        (
+            ReadRanges(),
+            ShareScales(),
+            Place(backend.costs),
+            Convert(backend.saturates_pairs),
+            Lower(backend.rules),
+        )
+    )
+
+
+def available_backends() -> tuple[Availability, ...]:
+    """Every backend, whether it can run here, and why not."""
+    found = []
+    for name, make in _BACKENDS.items():
+        why = make().missing()
+        detail = {"vnni": str(has_vnni()).lower()} if name == "x86" and why is None else {}
+        found.append(Availability(name, why is None, why or _ABOUT[name], detail))
+    return tuple(found)
+
+
+def resolve_backend(name: str) -> Backend:
+    """The backend a user named, or the fastest that works here for ``"auto"``.
+
+    Raises:
+        ConfigError: no backend has that name, or it cannot run here.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"backend is {name!r}: pass the name of a backend as a string")
+    usable = [made for made in (make() for make in _BACKENDS.values()) if made.missing() is None]
+    if name == "auto":
+        return usable[0]
+    if name not in _BACKENDS:
+        near = difflib.get_close_matches(name, _BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"no backend is called {name!r}{hint} Available here: {[b.name for b in usable]}"
+        )
+    backend = _BACKENDS[name]()
+    why = backend.missing()
+    if why is not None:
+        raise ConfigError(
+            f"backend {name!r} cannot run here: {why}. Available: {[b.name for b in usable]}"
+        )
+    return backend

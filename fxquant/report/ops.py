@@ -1,0 +1,144 @@
+"""Reads from a converted graph what became of every op."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch.fx import Graph, Node
+
+from fxquant.graph.info import QType, info
+from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
+from fxquant.graph.ops import Kind
+from fxquant.graph.view import Unit, flat_nodes, units, what
+from fxquant.record import OpRecord
+
+_BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
+
+
+def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
+    """One record per unit of a Q/DQ graph, in graph order; kernels are not known yet.
+
+    Args:
+        graph: the graph right after the convert pass.
+    """
+    by_output = {unit.output: unit for unit in units(graph) if not is_op(unit.output, *_BOUNDARY)}
+    found = []
+    for node in graph.nodes:
+        unit = by_output.get(node)
+        if unit is not None and not _is_question(unit):
+            found.append(_of_unit(unit))
+        elif info(node).opaque and node.op.startswith("call_"):
+            found.append(_of_opaque(node))
+    return tuple(found)
+
+
+def _is_question(unit: Unit) -> bool:
+    op = op_of(unit.head)
+    return op is not None and op.kind is Kind.SHAPE
+
+
+def _of_unit(unit: Unit) -> OpRecord:
+    record = info(unit.head)
+    decision = record.decision
+    reads = tuple(
+        _codes(edge.source)
+        for edge in unit.inputs
+        if edge.source.op != "get_attr" and not is_op(edge.source, DEQUANTIZE_WEIGHT)
+    )
+    writes = next((info(u).writes for u in unit.output.users if is_op(u, QUANTIZE)), None)
+    weight, elements = _weight(unit.head)
+    int8 = decision is not None and decision.int8
+    origins = dict.fromkeys(name for node in unit.nodes for name in info(node).origins)
+    return OpRecord(
+        path=record.path,
+        op="+".join(what(node) for node in unit.nodes),
+        int8=int8,
+        why=decision.why if decision is not None else "nothing decided",
+        by=decision.by if decision is not None else "",
+        kernel="reference" if int8 else "float",
+        reads=reads,
+        weight=weight,
+        writes=writes if int8 else None,
+        source=record.source,
+        origins=tuple(origins),
+        weights=elements,
+    )
+
+
+def _of_opaque(node: Node) -> OpRecord:
+    record = info(node)
+    return OpRecord(
+        path=record.path,
+        op=what(node),
+        int8=False,
+        why=record.opaque,
+        by="the op table",
+        kernel="float",
+        reads=tuple(_codes(source) for source in flat_nodes(node.args)),
+        source=record.source,
+        origins=record.origins,
+        weights=_parameters(node),
+    )
+
+
+def _codes(source: Node) -> QType | None:
+    if is_op(source, DEQUANTIZE) and isinstance(source.args[0], Node):
+        return info(source.args[0]).writes
+    return None
+
+
+def _weight(head: Node) -> tuple[str, int]:
+    """How the weight of a unit is stored, and how many elements it has."""
+    for source in flat_nodes(head.args):
+        if not is_op(source, DEQUANTIZE_WEIGHT):
+            continue
+        codes, scale, axis = source.args
+        if isinstance(codes, Node) and isinstance(scale, Node):
+            owner = codes.graph.owning_module
+            path, _, leaf = str(codes.target).rpartition(".")
+            tensor = getattr(owner.get_submodule(path), leaf) if owner is not None else None
+            count = math.prod(tensor.shape) if tensor is not None else 0
+            kind = "per tensor" if axis is None else f"per channel {axis}"
+            return f"int8 {kind}", count
+    if head.op == "call_module":
+        return ("float32" if _parameters(head) else ""), _parameters(head)
+    return "", 0
+
+
+def _parameters(node: Node) -> int:
+    if node.op != "call_module":
+        return 0
+    return sum(p.numel() for p in module_of(node).parameters())
+
+
+def coverage(ops: tuple[OpRecord, ...]) -> float:
+    """The share of ops that run in int8, 0 to 1; a fused unit counts once."""
+    return sum(op.int8 for op in ops) / len(ops) if ops else 0.0
+
+
+def with_kernels(ops: tuple[OpRecord, ...], graph: Graph) -> tuple[OpRecord, ...]:
+    """The records with what finally runs each op.
+
+    Args:
+        ops: what :func:`read_ops` gave.
+        graph: the lowered graph.
+    """
+    kernels: dict[str, str] = {}
+    for node in graph.nodes:
+        record = info(node)
+        if record.reads is None:
+            continue
+        for origin in record.origins:
+            kernels.setdefault(origin, _kernel(node))
+    return tuple(
+        dataclasses.replace(op, kernel=_first(kernels, op)) if op.int8 else op for op in ops
+    )
+
+
+def _kernel(node: Node) -> str:
+    return type(module_of(node)).__name__ if node.op == "call_module" else f"{what(node)} on codes"
+
+
+def _first(kernels: dict[str, str], op: OpRecord) -> str:
+    return next((kernels[name] for name in op.origins if name in kernels), op.kernel)

@@ -1,0 +1,118 @@
+"""The whole-model speed check: is the int8 model faster than the float one, and if not, why."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.info import info
+from fxquant.graph.view import what
+from fxquant.numerics.observers import Observer
+from fxquant.record import Timing
+
+_ROUNDS = 3
+_LONG = 1.0
+"""Seconds after which one round is enough."""
+
+
+def example_of(module: GraphModule) -> tuple[Tensor, ...] | None:
+    """Random inputs of batch 1, of the shapes calibration saw; ``None`` where unknown."""
+    made: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    for node in module.graph.nodes:
+        if node.op != "placeholder" or node.args:
+            continue
+        record = info(node)
+        if not record.shape or record.qtype is None:
+            return None
+        sample = torch.rand((1, *record.shape[1:]), generator=generator)
+        made.append(record.qtype.low + sample * (record.qtype.high - record.qtype.low))
+    return tuple(made) or None
+
+
+def compare_speed(
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
+) -> Timing | None:
+    """Time both models in turns, a few rounds.
+
+    Args:
+        prepared: the calibrated model; its observers are switched off meanwhile.
+        converted: the quantized model.
+        inputs: what both are fed.
+
+    Returns:
+        Median milliseconds of each, or ``None`` if the model does not run on ``inputs``.
+    """
+    observers = [m for m in prepared.modules() if isinstance(m, Observer) and m.enabled]
+    for observer in observers:
+        observer.enabled = False
+    try:
+        with torch.no_grad():
+            return _compare(prepared, converted, inputs)
+    except RuntimeError:
+        # A model that fixes its batch size in its code does not run at batch 1; then no check.
+        return None
+    finally:
+        for observer in observers:
+            observer.enabled = True
+
+
+def _compare(
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
+) -> Timing:
+    first = _seconds(lambda: prepared(*inputs))
+    _seconds(lambda: converted(*inputs))
+    rounds = 1 if first > _LONG else _ROUNDS
+    pairs = [
+        (_seconds(lambda: prepared(*inputs)), _seconds(lambda: converted(*inputs)))
+        for _ in range(rounds)
+    ]
+    real = statistics.median(pair[0] for pair in pairs) * 1e3
+    codes = statistics.median(pair[1] for pair in pairs) * 1e3
+    slow = _slowest(prepared, converted, inputs) if codes > 1.1 * real else ()
+    return Timing(real, codes, slow)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class _Clock(fx.Interpreter):
+    """Runs a graph node by node and times each."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.spent: dict[str, float] = {}
+        self.labels: dict[str, tuple[str, str]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Time one node and book it under the first captured node it comes from."""
+        start = time.perf_counter()
+        value = super().run_node(n)
+        key = next(iter(info(n).origins), n.name)
+        self.spent[key] = self.spent.get(key, 0.0) + time.perf_counter() - start
+        self.labels.setdefault(key, (info(n).path or n.name, what(n)))
+        return value
+
+
+def _slowest(
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
+) -> tuple[tuple[str, str, float, float], ...]:
+    clocks = (_Clock(prepared), _Clock(converted))
+    for clock in clocks:
+        clock.run(*inputs)
+    real, codes = clocks
+    rows = [
+        (*codes.labels[key], spent * 1e6, real.spent.get(key, 0.0) * 1e6)
+        for key, spent in codes.spent.items()
+    ]
+    rows.sort(key=lambda row: row[3] - row[2])
+    return tuple(rows[:3])
