@@ -149,7 +149,9 @@ def grid_for(low: float, high: float) -> tuple[int, int]:
         ((0, -1), (1, 0))
     """
     # frexp says 0 of 0.0, so the tiniest range there is stands in for none at all.
-    exponent = max(math.frexp(max(high - low, math.ulp(0.0) * BINS) / BINS)[1] - 1, _SMALLEST_EXPONENT)
+    exponent = max(
+        math.frexp(max(high - low, math.ulp(0.0) * BINS) / BINS)[1] - 1, _SMALLEST_EXPONENT
+    )
     while True:
         first = math.trunc(math.ldexp(low, -exponent))
         last = math.trunc(math.ldexp(high, -exponent))

@@ -97,7 +97,8 @@ def apply_table(q: Tensor, table: Tensor) -> Tensor:
     order = sorted(range(q.dim()), key=q.stride, reverse=True)
     in_order = q.permute(order)
     back = sorted(range(q.dim()), key=order.__getitem__)
-    return look_up(in_order.reshape(-1), table).view(in_order.shape).permute(back)
+    found = look_up(in_order.contiguous().view(-1), table)
+    return found.view(in_order.shape).permute(back)
 
 
 def _by_byte(table: Tensor, codes: torch.dtype) -> Tensor:
