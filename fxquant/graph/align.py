@@ -96,30 +96,35 @@ class Alignment:
         to_b: for each node of one graph its partner in the other, or :data:`NOWHERE`.
         to_a: the same the other way.
         kin: families by provenance, then by path.
+        origins: for each node of one graph, and of the other, the origins that are its own.
     """
 
     to_b: list[int]
     to_a: list[int]
     kin: tuple[Kin, Kin]
+    origins: tuple[list[frozenset[str]], list[frozenset[str]]]
 
 
 def align(a: Side, b: Side) -> Alignment:
     """Find the partner of every node that has one."""
     found = _Partners(a, b)
-    by_origin = _kin_by_origin(a.nodes, b.nodes)
+    shared = _shared_origins(a.nodes, b.nodes)
+    origins = (_own_origins(a.nodes, shared), _own_origins(b.nodes, shared))
+    by_origin = _kin_by_origin(*origins)
     found.search(by_origin)
     by_path = _kin_by_path(a.nodes, b.nodes, by_origin)
     found.search(by_path)
     rest = Kin(_outside(by_origin.a, by_path.a), _outside(by_origin.b, by_path.b))
     found.search(rest, in_order=False)
-    return Alignment(found.to_b, found.to_a, (by_origin, by_path))
+    found.spread(rest, _any)
+    return Alignment(found.to_b, found.to_a, (by_origin, by_path), origins)
 
 
 def _outside(*families: list[int]) -> list[int]:
     return [0 if max(numbers) == NOWHERE else NOWHERE for numbers in zip(*families, strict=True)]
 
 
-def shared_origins(a: Sequence[NodeState], b: Sequence[NodeState]) -> frozenset[str]:
+def _shared_origins(a: Sequence[NodeState], b: Sequence[NodeState]) -> frozenset[str]:
     """Captured nodes that both graphs know, and mean the same by.
 
     The same name can come from two captures of different models: it is then found at different
@@ -131,8 +136,7 @@ def shared_origins(a: Sequence[NodeState], b: Sequence[NodeState]) -> frozenset[
     return frozenset(
         origin
         for origin in known
-        if not (origin in paths[0] and origin in paths[1])
-        or paths[0][origin] & paths[1][origin]
+        if not (origin in paths[0] and origin in paths[1]) or paths[0][origin] & paths[1][origin]
     )
 
 
@@ -145,20 +149,33 @@ def _paths_by_origin(nodes: Sequence[NodeState]) -> dict[str, set[str]]:
     return paths
 
 
-def _kin_by_origin(a: Sequence[NodeState], b: Sequence[NodeState]) -> Kin:
-    shared = shared_origins(a, b)
+def _own_origins(nodes: Sequence[NodeState], shared: frozenset[str]) -> list[frozenset[str]]:
+    """Origins of each node, without those that it only has from what it reads.
+
+    A fused op takes in the conversion of its input, and with it the origins of what makes that
+    input. So an origin belongs to the first node that has it, and to those that have no origin
+    which that node has not.
+    """
+    sets = [frozenset(node.origins) for node in nodes]
+    first: dict[str, frozenset[str]] = {}
+    for origins in sets:
+        for origin in origins:
+            first.setdefault(origin, origins)
+    return [
+        frozenset(origin for origin in origins & shared if origins <= first[origin])
+        for origins in sets
+    ]
+
+
+def _kin_by_origin(a: Sequence[frozenset[str]], b: Sequence[frozenset[str]]) -> Kin:
     sets = Sets(len(a) + len(b))
     members: dict[str, list[int]] = defaultdict(list)
-    for number, node in enumerate((*a, *b)):
-        for origin in node.origins:
-            if origin in shared:
-                members[origin].append(number)
+    for number, origins in enumerate((*a, *b)):
+        for origin in origins:
+            members[origin].append(number)
     for together in members.values():
         sets.union(together)
-    inside = {number for together in members.values() for number in together}
-    family = [
-        sets.find(number) if number in inside else NOWHERE for number in range(len(a) + len(b))
-    ]
+    family = [sets.find(number) if origins else NOWHERE for number, origins in enumerate((*a, *b))]
     return Kin(family[: len(a)], family[len(a) :])
 
 
@@ -184,6 +201,10 @@ def _loose(node: NodeState) -> Hashable:
     return (node.op, node.what)
 
 
+def _any(node: NodeState) -> Hashable:
+    return node.op if node.op in ("placeholder", "get_attr", "output") else "call"
+
+
 class _Partners:
     """Pairs found so far."""
 
@@ -202,7 +223,7 @@ class _Partners:
         for label in (_strict, _loose):
             for view_a, view_b in self._views:
                 self._pair_equal(kin, label, view_a, view_b)
-            self._spread(kin, label)
+            self.spread(kin, label)
             if in_order:
                 nothing = [None] * max(len(self.to_a), len(self.to_b))
                 self._pair_equal(kin, label, nothing, nothing)
@@ -222,7 +243,8 @@ class _Partners:
                 if partners:
                     self._join(i, partners.pop())
 
-    def _spread(self, kin: Kin, label: Label) -> None:
+    def spread(self, kin: Kin, label: Label) -> None:
+        """Pair relatives that stand in the same place beside a pair, as long as there are any."""
         frontier = [(i, j) for i, j in enumerate(self.to_b) if j != NOWHERE]
         while frontier:
             wishes = {wish for pair in frontier for wish in self._neighbours(*pair, kin, label)}

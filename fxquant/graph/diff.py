@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fxquant.graph.align import align, side_of
-from fxquant.graph.changes import ChangeKind, Members, NodeChange, describe
+from fxquant.graph.changes import ChangeKind, NodeChange, describe
 from fxquant.graph.state import GraphState, NodeState, graph_state
 from fxquant.graph.text import shown
 
@@ -110,23 +110,18 @@ def diff_states(a: GraphState, b: GraphState) -> GraphDiff:
     left, right = side_of(a), side_of(b)
     aligned = align(left, right)
     changes: list[tuple[float, NodeChange]] = []
-    same: list[tuple[int, NodeState]] = []
-    for group, change in describe(left, right, aligned):
+    same: list[tuple[float, NodeState]] = []
+    stood = -1.0
+    for (_, of_b), change in describe(left, right, aligned):
+        # Listed at its first node; what went, behind what stood before it.
+        stood = place = of_b[0] if of_b else stood
         if change is None:
-            same.append((group[1][0], right.nodes[group[1][0]]))
+            same.append((place, right.nodes[of_b[0]]))
         else:
-            changes.append((_place(group, aligned.to_b), change))
+            changes.append((place if of_b else place + 0.5, change))
     changes.sort(key=lambda entry: entry[0])
     same.sort(key=lambda entry: entry[0])
     return GraphDiff(tuple(c for _, c in changes), tuple(node for _, node in same))
-
-
-def _place(group: Members, to_b: list[int]) -> float:
-    """Where a change is listed: at its first node; what went, behind what stood before it."""
-    if group[1]:
-        return group[1][0]
-    before = next((to_b[i] for i in range(group[0][0] - 1, -1, -1) if to_b[i] >= 0), -1)
-    return before + 0.5
 
 
 def _under(node: NodeState, path: str) -> bool:
@@ -159,4 +154,6 @@ def _text(change: NodeChange) -> str:
 
 
 def _sum(nodes: tuple[NodeState, ...]) -> str:
-    return " + ".join(node.what for node in nodes)
+    ops = [node for node in nodes if node.op != "get_attr"]
+    one_unit = len(nodes) > 1 and len({node.unit for node in nodes}) == 1 and nodes[0].unit
+    return ("+" if one_unit else " + ").join(node.what for node in ops or nodes)
