@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    original = zoo.build(args.model)
+    original = zoo.build(args.model, size=args.size)
     data = [zoo.example(args.model, 4, args.size, seed) for seed in range(1, 5)]
     x = zoo.example(args.model, args.batch, args.size)
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 Example:
     >>> from tests import zoo
-    >>> model = zoo.build("mobilenet_v2", seed=1, num_classes=10, width=0.25)
+    >>> model = zoo.build("mobilenet_v2", seed=1, size=64, num_classes=10, width=0.25)
     >>> model(zoo.example("mobilenet_v2", batch=2, size=64)).shape
     torch.Size([2, 10])
 """
@@ -54,9 +54,6 @@ _ZOO: Final[dict[str, _Entry]] = {
 
 NAMES: Final = tuple(_ZOO)
 
-# Statistics need a few dozen values per channel, not the full side: this keeps building fast.
-_STATISTICS_SIDE: Final = 96
-
 
 def architecture(name: str, **kw: Any) -> nn.Module:
     """The network ``name`` as its constructor leaves it; ``kw`` goes to the constructor."""
@@ -72,7 +69,7 @@ def example(name: str, batch: int = 1, size: int | None = None, seed: int = 0) -
     return smooth_images(batch, entry.channels, size or entry.size, seed)
 
 
-def build(name: str, seed: int = 0, **kw: Any) -> nn.Module:
+def build(name: str, seed: int = 0, *, size: int | None = None, **kw: Any) -> nn.Module:
     """The network ``name`` in eval mode with random weights and realistic BatchNorm statistics.
 
     The same arguments give the same bits; the global random state is left as found.
@@ -80,6 +77,8 @@ def build(name: str, seed: int = 0, **kw: Any) -> nn.Module:
     Args:
         name: one of :data:`NAMES`.
         seed: of the weights and of the statistics.
+        size: side of the pictures it is meant for, as for :func:`example`. Statistics are taken at
+            this size: what is border and what is inside differs, and with it every variance.
         kw: of the family's constructor: ``num_classes``, ``width``, ...
 
     Raises:
@@ -88,6 +87,7 @@ def build(name: str, seed: int = 0, **kw: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = architecture(name, **kw).eval()
-    side = min(_ZOO[name].size, _STATISTICS_SIDE)
-    randomize_bn(model, seed, example(name, batch=8, size=side, seed=seed + 1))
+    side = size or _ZOO[name].size
+    batch = 8 if side > 160 else 32  # some hundred values per channel even in the last, 32nd part
+    randomize_bn(model, seed, example(name, batch, size, seed=seed + 1))
     return model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.common import conv_bn_act, divisible, init_convs
+from tests.zoo.common import conv_bn_act, divisible, find_last_norm, init_convs
 
 # expansion, kernel, stride, channels, repeats
 B0 = (
@@ -80,6 +80,9 @@ class MBConv(nn.Module):
             result = self.stochastic_depth(result)
             result += x
         return result
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        return find_last_norm(self.block) if self.use_res_connect else None
 
 
 class EfficientNet(nn.Module):

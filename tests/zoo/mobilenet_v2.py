@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.common import conv_bn_act, divisible, init_convs
+from tests.zoo.common import conv_bn_act, divisible, find_last_norm, init_convs
 
 # expansion, channels, repeats, stride
 IMAGENET = (
@@ -45,6 +45,9 @@ class InvertedResidual(nn.Module):
             return x + self.conv(x)
         x = self.conv(x)
         return x
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        return find_last_norm(self.conv) if self.use_res_connect else None
 
 
 class MobileNetV2(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.common import conv_bn_act, divisible, init_convs
+from tests.zoo.common import conv_bn_act, divisible, find_last_norm, init_convs
 
 EPS = 0.001
 # kernel, expanded, out, squeeze-and-excitation, hardswish, stride
@@ -67,6 +67,9 @@ class Block(nn.Module):
         if self.residual:
             result += x
         return result
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        return find_last_norm(self.block) if self.residual else None
 
 
 class MobileNetV3(nn.Module):

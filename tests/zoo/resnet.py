@@ -43,6 +43,9 @@ class BasicBlock(nn.Module):
         out = self.relu(out)
         return out
 
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        return self.bn2
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut."""
@@ -70,6 +73,9 @@ class Bottleneck(nn.Module):
         out += identity
         out = self.relu(out)
         return out
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        return self.bn3
 
 
 def _projection(cin: int, cout: int, stride: int) -> nn.Sequential | None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.zoo.common import Residual
+
+# Training makes residual branches small beside what they are added to. At equal size each block
+# would be a fresh random mapping, and a stack of them amplifies every rounding beyond measure.
+BRANCH_GAIN: Final = 0.3
 
 
 def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> Tensor:
@@ -20,12 +28,12 @@ def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> Tensor
         return torch.randn(batch, channels, side, side, generator=generator)
 
     images = torch.zeros(batch, channels, size, size)
-    for cells, strength in ((2, 0.8), (4, 0.6), (8, 0.4)):
+    for cells, strength in ((3, 0.7), (6, 0.7), (12, 0.7)):
         grown = F.interpolate(noise(cells), size=(size, size), mode="bilinear", align_corners=False)
         images += strength * grown
-    images += 0.15 * noise(size)
-    contrast = 0.6 + 0.8 * torch.rand(batch, 1, 1, 1, generator=generator)
-    brightness = 0.4 * torch.randn(batch, 1, 1, 1, generator=generator)
+    images += 0.3 * noise(size)
+    contrast = 0.85 + 0.3 * torch.rand(batch, 1, 1, 1, generator=generator)
+    brightness = 0.1 * torch.randn(batch, 1, 1, 1, generator=generator)
     return images * contrast + brightness
 
 
@@ -34,12 +42,12 @@ def randomize_bn(model: nn.Module, seed: int, images: Tensor) -> None:
 
     Weights are log-normal around 1, one in sixteen negative (trained networks have some, and a
     fold that takes their absolute value must be caught); biases are normal. Then one batch goes
-    through with the BatchNorms in training mode, so that every running statistic belongs to the
-    activations it will meet and these stay in range through any depth. Last, the statistics are
-    moved by a few percent, so that no channel is normalised perfectly. Dropout stays off.
+    through, and each BatchNorm takes the mean and variance of what reaches it, moved by a few
+    percent so that no channel is normalised perfectly. Those after it see the result, so that
+    the small errors do not add up and activations stay in range through any depth.
 
     Args:
-        model: any module; its training flags are left as found.
+        model: any module in eval mode that reaches each BatchNorm at least once.
         seed: the same seed, model and images give the same statistics.
         images: a batch as ``model`` takes it.
     """
@@ -47,9 +55,17 @@ def randomize_bn(model: nn.Module, seed: int, images: Tensor) -> None:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         _randomize_affine(norm, generator)
-    _measure(model, norms, images)
-    for norm in norms:
-        _disturb(norm, generator)
+    _damp_residuals(model)
+
+    def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        _set_statistics(norm, args[0], generator)
+
+    handles = [norm.register_forward_pre_hook(measure) for norm in norms]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
 
 
 def _randomize_affine(norm: _BatchNorm, generator: torch.Generator) -> None:
@@ -61,29 +77,21 @@ def _randomize_affine(norm: _BatchNorm, generator: torch.Generator) -> None:
         norm.bias.copy_(0.2 * torch.randn(count, generator=generator))
 
 
-def _measure(model: nn.Module, norms: list[_BatchNorm], images: Tensor) -> None:
-    flags = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average: one batch sets the statistics outright
-    with torch.no_grad():
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in flags.items():
-        module.training = training
+def _damp_residuals(model: nn.Module) -> None:
+    for module in model.modules():
+        norm = module.last_norm() if isinstance(module, Residual) else None
+        if norm is not None:
+            with torch.no_grad():
+                norm.weight.mul_(BRANCH_GAIN)
+                norm.bias.mul_(BRANCH_GAIN)
 
 
-def _disturb(norm: _BatchNorm, generator: torch.Generator) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        return
+def _set_statistics(norm: _BatchNorm, x: Tensor, generator: torch.Generator) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
+    variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1)
     # A channel that never fired has variance zero; divided by its root it would explode later.
-    floor = 1e-3 * variance.mean().clamp(min=1e-6)
-    variance.copy_(torch.maximum(variance, floor))
-    count = norm.num_features
-    mean.add_(0.05 * variance.sqrt() * torch.randn(count, generator=generator))
-    variance.mul_(0.9 + 0.2 * torch.rand(count, generator=generator))
+    variance = torch.maximum(variance, 1e-2 * variance.mean().clamp(min=1e-6))
+    shift = 0.05 * torch.randn(norm.num_features, generator=generator)
+    stretch = 0.9 + 0.2 * torch.rand(norm.num_features, generator=generator)
+    norm.running_mean.copy_(mean + shift * variance.sqrt())
+    norm.running_var.copy_(variance * stretch)
