@@ -144,7 +144,7 @@ def _paths_by_origin(nodes: Sequence[NodeState]) -> dict[str, set[str]]:
     # Only nodes of a single origin: what was merged keeps the path of one of its parts.
     paths: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
-        if len(node.origins) == 1:
+        if len(node.origins) == 1 and node.path:
             paths[node.origins[0]].add(node.path)
     return paths
 

@@ -173,10 +173,14 @@ def show_argument(value: Argument) -> str:
         return ":".join(parts)
     if value.kind == "dict":
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        return "{" + ", ".join(f"{key}: {item}" for key, item in pairs) + "}"
+        return "{" + ", ".join(f"{_key(key)}: {item}" for key, item in pairs) + "}"
     if value.kind == "list":
         return f"[{', '.join(parts)}]"
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def _key(text: str) -> str:
+    return text[1:-1] if text[:1] in ("'", '"') else text
 
 
 _INPUTS: Final = {"placeholder": "input", "get_attr": "attribute"}
