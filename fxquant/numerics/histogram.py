@@ -22,8 +22,11 @@ from fxquant.numerics.qparams import QParams
 from fxquant.spec import QSpec
 
 BINS: Final = 2048
+WHOLE: Final = 2**17
+"""A tensor of up to this many values is counted whole, a larger one by a regular sample."""
+
 SAMPLED: Final = 2**20
-"""A larger tensor is counted by a regular sample of at most this many of its values."""
+"""The largest sample; up to three times as many values it is every third."""
 
 _REPORT_BINS: Final = 64
 _SMALLEST_EXPONENT: Final = -126  # Its reciprocal is the largest power of two that float32 has.
@@ -33,9 +36,10 @@ class HistogramObserver(Observer):
     """Count values in 2,048 bins and choose the range of least mean squared error.
 
     The range grows with the data by doubling the bins; minimum and maximum are exact. A tensor of
-    more than 1,048,576 values adds a regular sample of them (each weighing as many as it stands
-    for) and the extremes of every 131,072. The stride has no common factor with the tensor's
-    size, so no channel, row or column is left out; the memory format decides which values it hits.
+    more than 131,072 values adds every third (from 3 million on, about a million in all), weighing
+    as many as they stand for, and the extremes of every 131,072. The stride has no common factor
+    with the tensor's size, so no channel, row or column is left out; which values it hits depends
+    on the memory format.
 
     Args:
         spec: as for every observer; ``granularity`` must be ``"tensor"``.
@@ -69,8 +73,8 @@ class HistogramObserver(Observer):
 
     def _observe(self, values: Tensor, lows: Tensor, highs: Tensor) -> int:
         exponent, first = grid_for(
-            min(float(lows.amin()), float(self.low), 0.0),
-            max(float(highs.amax()), float(self.high), 0.0),
+            min(*lows.tolist(), float(self.low), 0.0),
+            max(*highs.tolist(), float(self.high), 0.0),
         )
         self._regrid(exponent, first)
         stride = sample_stride(values.numel())
@@ -161,13 +165,15 @@ def grid_for(low: float, high: float) -> tuple[int, int]:
 
 
 def sample_stride(count: int) -> int:
-    """Return the stride that leaves at most ``SAMPLED`` of ``count`` values; coprime to it.
+    """Return the stride of the sample of ``count`` values; coprime to ``count``.
 
     Example:
-        >>> sample_stride(1000), sample_stride(2**20 * 2)
-        (1, 3)
+        >>> sample_stride(2**17), sample_stride(2**18), sample_stride(2**18 * 3)
+        (1, 3, 5)
     """
-    stride = -(-count // SAMPLED)
+    if count <= WHOLE:
+        return 1
+    stride = max(3, -(-count // SAMPLED))
     while math.gcd(stride, count) != 1:
         stride += 1
     return stride

@@ -60,8 +60,8 @@ class ObserverSummary:
             average counts against its range at the time, a histogram within its bins.
         shape: of the first tensor that was not empty.
         dtype: of that tensor, as in ``"float32"``.
-        counts: a histogram's shape for reports: how many values fell in each of 64 equal bins
-            from ``low`` to ``high``; empty for other kinds.
+        counts: a histogram's shape for reports: about how many values fell in each of 64 equal
+            bins from ``low`` to ``high``; empty for other kinds.
     """
 
     path: str
@@ -225,6 +225,8 @@ class Observer(nn.Module):
         """View ``x`` as [N] in memory order, or as [C, N / C]; a copy only where it must be."""
         if self.axis is not None:
             return x.transpose(0, self.axis).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+        if x.is_contiguous():
+            return x.view(-1)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         return x.permute(order).reshape(-1)
 
