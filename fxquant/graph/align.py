@@ -47,11 +47,13 @@ class Side:
         nodes: its nodes.
         reads: for each node, ``(place, index of the node read)``.
         users: for each node, ``(place, index of the user)``.
+        constant: for each node, whether it is an attribute or computed from attributes alone.
     """
 
     nodes: tuple[NodeState, ...]
     reads: list[list[tuple[str, int]]]
     users: list[list[tuple[str, int]]]
+    constant: list[bool]
 
 
 def side_of(state: GraphState) -> Side:
@@ -59,12 +61,19 @@ def side_of(state: GraphState) -> Side:
     place_of = {node.name: index for index, node in enumerate(state.nodes)}
     reads: list[list[tuple[str, int]]] = [[] for _ in state.nodes]
     users: list[list[tuple[str, int]]] = [[] for _ in state.nodes]
+    constant: list[bool] = []
     for index, node in enumerate(state.nodes):
         for where, value in node.places:
             for place, name in _flat(where, value):
                 reads[index].append((place, place_of[name]))
                 users[place_of[name]].append((place, index))
-    return Side(state.nodes, reads, users)
+        sources = [constant[source] for _, source in reads[index]]
+        constant.append(node.op == "get_attr" or (_is_call(node) and any(sources) and all(sources)))
+    return Side(state.nodes, reads, users, constant)
+
+
+def _is_call(node: NodeState) -> bool:
+    return node.op not in ("placeholder", "get_attr", "output")
 
 
 def _flat(where: str, value: Argument) -> Iterable[tuple[str, str]]:
@@ -198,11 +207,11 @@ def _strict(node: NodeState) -> Hashable:
 
 
 def _loose(node: NodeState) -> Hashable:
-    return (node.op, node.what)
+    return (_any(node), node.what)
 
 
 def _any(node: NodeState) -> Hashable:
-    return node.op if node.op in ("placeholder", "get_attr", "output") else "call"
+    return "call" if _is_call(node) else node.op
 
 
 class _Partners:

@@ -70,7 +70,9 @@ class _Teller:
                 value_a[i] = value_b[j] = ("pair", i)
         for number, (of_a, of_b) in enumerate(groups):
             if of_a and of_b:
-                value_a[max(of_a)] = value_b[max(of_b)] = ("group", number)
+                for side, members, value in ((a, of_a, value_a), (b, of_b, value_b)):
+                    for index in _results(side, members):
+                        value[index] = ("group", number)
         self.value_a = _through(a, value_a, {i for of_a, of_b in groups if not of_b for i in of_a})
         self.value_b = _through(b, value_b, {j for of_a, of_b in groups if not of_a for j in of_b})
 
@@ -79,28 +81,33 @@ class _Teller:
         before = tuple(self.a.nodes[i] for i in of_a)
         after = tuple(self.b.nodes[j] for j in of_b)
         if not of_a:
-            return NodeChange("added", (), after, _readers(self.b, of_b[0]))
+            return NodeChange("added", (), after, _readers(self.b, of_b[-1]))
         if not of_b:
-            return NodeChange("removed", before, (), _readers(self.a, of_a[0]))
-        if len(of_a) == len(of_b) == 1 and self.to_b[of_a[0]] == of_b[0]:
-            return self._pair(before[0], after[0])
-        pieces = (_pieces(before), _pieces(after))
-        kind: ChangeKind = "fused" if min(pieces) == 1 < max(pieces) else "replaced"
-        return NodeChange(kind, before, after, "; ".join(self._details(of_a, of_b)))
-
-    def _pair(self, x: NodeState, y: NodeState) -> NodeChange | None:
-        calls, types = self._differences(x, y), _type_changes(x, y)
-        other = (x.op, x.what) != (y.op, y.what)
-        if not (calls or types or other):
+            return NodeChange("removed", before, (), _readers(self.a, of_a[-1]))
+        details = list(self._details(of_a, of_b))
+        if len(of_a) == len(of_b) == 1 and not details and self.to_b[of_a[0]] == of_b[0]:
             return None
-        types_only = not calls or (x.what in _BOUNDARY and not self._edges_differ(x, y))
-        kind: ChangeKind = "requantized" if types_only else "changed"
-        if other:
-            kind = "replaced"
-        return NodeChange(kind, (x,), (y,), "; ".join([*calls, *types]))
+        return NodeChange(self._kind(of_a, of_b), before, after, "; ".join(details))
+
+    def _kind(self, of_a: list[int], of_b: list[int]) -> ChangeKind:
+        main_a = [i for i in of_a if not self.a.constant[i]] or of_a
+        main_b = [j for j in of_b if not self.b.constant[j]] or of_b
+        if len(main_a) > 1 or len(main_b) > 1:
+            pieces = [_pieces(self.a, main_a), _pieces(self.b, main_b)]
+            return "fused" if min(pieces) == 1 < max(pieces) else "replaced"
+        x, y = self.a.nodes[main_a[0]], self.b.nodes[main_b[0]]
+        if x.what != y.what:
+            return "replaced"
+        if self._differences(x, y) and (x.what not in _BOUNDARY or self._edges_differ(x, y)):
+            return "changed"
+        return "requantized" if _type_changes(x, y) or x.what in _BOUNDARY else "changed"
 
     def _differences(self, x: NodeState, y: NodeState) -> list[str]:
         found = []
+        if x.op != y.op:
+            found.append(f"{x.op} -> {y.op}")
+        if x.what != y.what:
+            found.append(f"{x.what} -> {y.what}")
         if x.target != y.target:
             found.append(f"target {x.target} -> {y.target}")
         if x.setup != y.setup:
@@ -117,12 +124,15 @@ class _Teller:
 
     def _details(self, of_a: list[int], of_b: list[int]) -> Iterator[str]:
         inside = set(of_b)
+        several = len(of_a) + len(of_b) > 2
         for i in of_a:
             j = self.to_b[i]
             if j in inside:
                 x, y = self.a.nodes[i], self.b.nodes[j]
-                for text in (*self._differences(x, y), *_type_changes(x, y)):
-                    yield f"%{y.name} {text}"
+                for text in (*_type_changes(x, y), *self._differences(x, y)):
+                    yield f"%{y.name} {text}" if several else text
+        if not several and self.to_b[of_a[0]] != NOWHERE:
+            return  # its arguments are told place by place
         old, new = _inputs(self.a, of_a), _inputs(self.b, of_b)
         values_old = {self.value_a[name] for name in old}
         values_new = {self.value_b[name] for name in new}
@@ -132,6 +142,17 @@ class _Teller:
             yield f"no longer reads {_names(gone)}"
         if come:
             yield f"now reads {_names(come)}"
+
+
+def _results(side: Side, members: list[int]) -> Iterator[int]:
+    """The members of a group that hold its result: its last, before and after conversion."""
+    last = max(members)
+    yield last
+    while side.nodes[last].what in (QUANTIZE, DEQUANTIZE) and side.reads[last]:
+        last = side.reads[last][0][1]
+        if last not in members:
+            return
+        yield last
 
 
 def _through(side: Side, value: list[Hashable], alone: set[int]) -> dict[str, Hashable]:
@@ -162,8 +183,9 @@ def _show(argument: Argument | None) -> str:
     return "none" if argument is None else show_argument(argument)
 
 
-def _pieces(nodes: Sequence[NodeState]) -> int:
+def _pieces(side: Side, members: list[int]) -> int:
     """How many ops these nodes are: a unit is one, and what one captured node became is one."""
+    nodes = [side.nodes[index] for index in members]
     units = Counter(node.unit for node in nodes)
     return len(
         {

@@ -147,7 +147,7 @@ def _text(change: NodeChange) -> str:
     if change.before and change.after and change.kind in ("fused", "replaced"):
         what = f"{_sum(change.before)} -> {_sum(change.after)}"
     else:
-        what = " ".join(node.line for node in change.after or change.before)
+        what = (change.after or change.before)[-1].line  # constants stand before their reader
     path = shown(change.path, _PATH) or "(no path)"
     head = f"{_SYMBOLS[change.kind]} {change.kind} {path}: {shown(what, _LINE)}"
     return f"{head}\n    {shown(change.detail, _LINE)}" if change.detail else head

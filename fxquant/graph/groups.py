@@ -23,12 +23,15 @@ def group_changes(a: Side, b: Side, aligned: Alignment) -> list[Members]:
         if j != NOWHERE:
             sets.union((i, count + j))
     lone_a, lone_b = _absorb(aligned, sets)
+    constants = (_take_constants(a, lone_a), _take_constants(b, lone_b))
     for kin in aligned.kin:
         _join_leftovers(kin.a, kin.b, lone_a, lone_b, sets)
     for members in _regrouped(a.nodes, b.nodes, (aligned.to_b, aligned.to_a)):
         sets.union(members)
     for members in _regrouped(b.nodes, a.nodes, (aligned.to_a, aligned.to_b)):
         sets.union(count + index for index in members)
+    _join_readers(a, constants[0], sets, 0)
+    _join_readers(b, constants[1], sets, count)
     groups: dict[int, Members] = {}
     for number in range(count + len(b.nodes)):
         of_a, of_b = groups.setdefault(sets.find(number), ([], []))
@@ -47,6 +50,21 @@ def _absorb(aligned: Alignment, sets: Sets) -> tuple[set[int], set[int]]:
         sets.union((len(own_a) + j, len(own_a) + heir))
         lone_b.discard(j)
     return lone_a, lone_b
+
+
+def _take_constants(side: Side, lone: set[int]) -> list[int]:
+    """Take the constants out of ``lone``; last first."""
+    constants = sorted((index for index in lone if side.constant[index]), reverse=True)
+    lone.difference_update(constants)
+    return constants
+
+
+def _join_readers(side: Side, constants: list[int], sets: Sets, offset: int) -> None:
+    """A new constant, such as a weight in codes, is part of the change of what reads it."""
+    for index in constants:
+        readers = {sets.find(offset + user) for _, user in side.users[index]}
+        if len(readers) == 1:
+            sets.union((offset + index, *readers))
 
 
 def _lone(partner: list[int]) -> set[int]:

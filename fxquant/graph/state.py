@@ -272,7 +272,20 @@ def _full_name(function: Any) -> str:
     if name is None:
         return _ADDRESS.sub("", repr(function))
     module = getattr(function, "__module__", None)
-    return f"{module}.{name}" if module else str(name)
+    full = f"{module}.{name}" if module else str(name)
+    # Where a builtin is implemented is no help to a reader: the name that users write is.
+    return next(
+        (full.replace(own, public, 1) for own, public in _PUBLIC.items() if full.startswith(own)),
+        full,
+    )
+
+
+_PUBLIC: Final = {
+    "torch._VariableFunctionsClass.": "torch.",
+    "_VariableFunctionsClass.": "torch.",
+    "torch._C._nn.": "torch.nn.functional.",
+    "_operator.": "operator.",
+}
 
 
 def _setup(node: Node) -> str:

@@ -1,1 +1,1 @@
-""""""
+"""What a converted model tells about itself: its ops, its history, its differences."""

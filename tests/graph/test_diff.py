@@ -283,6 +283,33 @@ def test_an_op_that_several_ops_replace() -> None:
     assert [made.name for made in change.after] == ["q", "im", "dq"]
 
 
+def test_new_constants_belong_to_the_change_of_their_reader() -> None:
+    nodes = list(CHAIN.nodes)
+    codes = NodeState("codes", "get_attr", "attribute", "m.codes", (), ())
+    weight = node("weight", "dequantize_weight", Ref("codes"), "0.1")
+    nodes[1:2] = [codes, weight, dataclasses.replace(nodes[1], args=(Ref("x"), Ref("weight")))]
+    (change,) = diff_states(CHAIN, GraphState(tuple(nodes))).changes
+    assert change.kind == "changed"
+    assert [made.name for made in change.after] == ["codes", "weight", "conv"]
+    assert "%conv argument 1: none -> %weight" in change.detail
+    (back,) = diff_states(GraphState(tuple(nodes)), CHAIN).changes
+    assert (back.kind, back.before, back.after) == ("changed", change.after, change.before)
+
+
+def test_a_result_is_the_same_before_and_after_its_conversion() -> None:
+    """A unit gives codes to int8 readers and a float to others: neither reader changed."""
+    nodes = [
+        CHAIN.nodes[0],
+        node("unit", "lowered", Ref("x"), origins=("conv", "bn", "relu"), path="m.conv"),
+        node("dq", "dequantize", Ref("unit"), origins=("conv", "bn", "relu"), path="m.conv"),
+        node("mul", "mul", Ref("unit"), Ref("dq"), path="mul", origins=("mul",)),
+        CHAIN.nodes[5],
+    ]
+    (change,) = diff_states(CHAIN, GraphState(tuple(nodes))).changes
+    assert change.kind == "fused"
+    assert [made.name for made in change.after] == ["unit", "dq"]
+
+
 def test_a_node_put_in_between_is_the_only_change() -> None:
     nodes = list(CHAIN.nodes)
     nodes[4] = _rename(nodes[4], {"relu": "q"})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
@@ -60,6 +61,21 @@ def test_what_has_no_text_of_its_own_shows_no_address() -> None:
     graph.output(graph.call_function(torch.add, given))
     node = graph_state(graph).nodes[0]
     assert node.args == ("<object object>", "fxquant.graph.state.graph_state")
+
+
+def test_targets_are_called_what_users_call_them() -> None:
+    named = (torch.relu, nn.functional.linear, nn.functional.relu, operator.add, Tensor.relu)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for function in named:
+        graph.call_function(function, (x,))
+    assert [node.target for node in graph_state(graph).nodes[1:]] == [
+        "torch.relu",
+        "torch.nn.functional.linear",
+        "torch.nn.functional.relu",
+        "operator.add",
+        "TensorBase.relu",
+    ]
 
 
 def test_setup_tells_modules_and_attributes_apart() -> None:

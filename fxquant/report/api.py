@@ -1,0 +1,104 @@
+"""What users call: report, history and diff of models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.errors import ConfigError
+from fxquant.graph.capture import capture
+from fxquant.graph.diff import GraphDiff, GraphState, diff_states, graph_state
+from fxquant.record import Snapshot, record_of
+from fxquant.report.history import History
+from fxquant.report.report import Report
+
+Comparable = nn.Module | Snapshot | GraphState
+
+
+def report(model: nn.Module) -> Report:
+    """What became of every op of a model: int8 or float and why, types, kernels, sizes.
+
+    Args:
+        model: what ``quantize`` or ``convert`` returned.
+
+    Raises:
+        ConfigError: fxquant did not make it.
+
+    Example:
+        >>> import torch, fxquant.api
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
+        >>> q = fxquant.api.quantize(net, [torch.randn(8, 4)], backend="reference")
+        >>> report(q).coverage
+        1.0
+    """
+    return Report(record_of(_model(model, "report")))
+
+
+def history(model: nn.Module) -> History:
+    """Every pass that made a model: its edits, its time, the graph before and after.
+
+    Args:
+        model: what ``quantize``, ``prepare`` or ``convert`` returned.
+
+    Raises:
+        ConfigError: fxquant did not make it.
+
+    Example:
+        >>> import torch, fxquant.api
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
+        >>> history(fxquant.api.prepare(net))[0].name
+        'capture'
+    """
+    return History(record_of(_model(model, "history")))
+
+
+def diff(a: Comparable, b: Comparable | None = None) -> GraphDiff:
+    """What has to change in ``a`` to get ``b``, node by node.
+
+    Args:
+        a: a model, or a snapshot of a history. A model that is no graph is captured in eval mode.
+        b: the same; ``None`` compares the first and the last snapshot of ``a``.
+
+    Raises:
+        ConfigError: ``a`` or ``b`` is something else, or ``b`` is left out and fxquant did not
+            make ``a``.
+        TraceError: a model cannot be captured.
+
+    Example:
+        >>> relu, gelu = torch.nn.Sequential(nn.ReLU()), torch.nn.Sequential(nn.GELU())
+        >>> [change.kind for change in diff(relu, gelu).changes]
+        ['replaced']
+    """
+    if b is not None:
+        return diff_states(_state(a, "a"), _state(b, "b"))
+    if isinstance(a, Snapshot | GraphState):
+        raise ConfigError(
+            f"diff() got one {type(a).__name__}: pass two, or one model that fxquant made"
+        )
+    snapshots = record_of(_model(a, "diff")).snapshots
+    return diff_states(snapshots[0].state, snapshots[-1].state)
+
+
+def _model(given: object, name: str) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    raise ConfigError(
+        f"{name}() got a {type(given).__name__}: pass the model that quantize(), prepare() or "
+        "convert() returned"
+    )
+
+
+def _state(given: object, name: str) -> GraphState:
+    if isinstance(given, GraphState):
+        return given
+    if isinstance(given, Snapshot):
+        return given.state
+    if isinstance(given, GraphModule):
+        return graph_state(given.graph)
+    if isinstance(given, nn.Module) and not isinstance(given, torch.jit.ScriptModule):
+        return graph_state(capture(given, evaluate=True).module.graph)
+    raise ConfigError(
+        f"diff() cannot compare {name}, a {type(given).__name__}: pass an nn.Module, a GraphModule "
+        "or a snapshot of history(model)"
+    )

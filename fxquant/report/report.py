@@ -1,0 +1,203 @@
+"""Report: what became of every op of a model, and what that comes to."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from fxquant.graph.info import QType
+from fxquant.graph.text import shown
+from fxquant.record import OpRecord, Record
+from fxquant.report.ops import coverage
+from fxquant.report.tables import table
+
+_COLUMNS: Final = (
+    "path", "op", "runs", "in", "weight", "out", "scale", "zero point", "kernel", "why float",
+)  # fmt: skip
+_NUMBERS: Final = ("scale", "zero point")
+_MOST_PATHS: Final = 8
+_NAME: Final = 60
+
+
+class Report:
+    """What became of every op of a model.
+
+    Args:
+        record: the memory of a model that fxquant made.
+
+    Example:
+        >>> print(Report(Record("static")))
+        nothing is converted yet: calibrate the model and call convert()
+        mode static
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    @property
+    def ops(self) -> tuple[OpRecord, ...]:
+        """What became of each op, in graph order; a fused unit counts once."""
+        return self._record.ops
+
+    @property
+    def coverage(self) -> float:
+        """The share of ops that compute on int8 codes, 0 to 1.
+
+        Every op counts, those included that can only run in float; a fused unit counts once,
+        and a question about a shape is no op.
+        """
+        return coverage(self.ops)
+
+    @property
+    def weight_coverage(self) -> float:
+        """The share of weight elements that belong to int8 ops, 0 to 1; 1 without weights."""
+        total = sum(op.weights for op in self.ops)
+        return sum(op.weights for op in self.ops if op.int8) / total if total else 1.0
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the converted model per byte of the float one; 0 if either is unknown."""
+        record = self._record
+        return record.bytes_after / record.bytes_before if record.bytes_before else 0.0
+
+    @property
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """One dict per op, in plain types."""
+        return tuple(_row(op) for op in self.ops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain types that JSON can hold; the keys are stable."""
+        record = self._record
+        timing = record.timing
+        return {
+            "mode": record.mode,
+            "backend": record.backend,
+            "capture": record.rung,
+            "coverage": self.coverage,
+            "weight_coverage": self.weight_coverage,
+            "bytes_before": record.bytes_before,
+            "bytes_after": record.bytes_after,
+            "unseen": list(record.unseen),
+            "clipped": {seen.path: seen.clipped for seen in record.observers},
+            "timing": None
+            if timing is None
+            else {"float_ms": timing.float_ms, "quantized_ms": timing.quantized_ms},
+            "ops": list(self.rows),
+        }
+
+    @property
+    def table(self) -> str:
+        """The ops as a table, one row each."""
+        rows = [_cells(op) for op in self.ops]
+        return table(_COLUMNS, rows, right=_NUMBERS)
+
+    @property
+    def summary(self) -> str:
+        """What the ops come to: coverage, sizes, calibration, speed; one line each."""
+        record = self._record
+        lines = [*self._coverage_lines(), _made_by(record)]
+        if record.observers:
+            worst = max(record.observers, key=lambda seen: seen.clipped)
+            lines.append(
+                f"calibrated at {len(record.observers)} places, at most {worst.clipped:.3%} of "
+                f"the values clipped (at {shown(worst.path, _NAME) or 'the input'})"
+            )
+        if record.unseen:
+            lines.append(f"never reached by calibration: {_paths(record.unseen)}")
+        if record.timing is not None:
+            lines.append(_speed(record.timing.float_ms, record.timing.quantized_ms))
+        return "\n".join(lines)
+
+    def _coverage_lines(self) -> list[str]:
+        if not self.ops:
+            return ["nothing is converted yet: calibrate the model and call convert()"]
+        int8 = sum(op.int8 for op in self.ops)
+        lines = [f"int8: {int8} of {len(self.ops)} ops ({self.coverage:.1%})"]
+        weights = sum(op.weights for op in self.ops)
+        if weights:
+            lines[0] += f", {self.weight_coverage:.1%} of {weights} weight elements"
+        before, after = self._record.bytes_before, self._record.bytes_after
+        if before and after:
+            lines.append(f"size: {before} -> {after} bytes ({self.ratio:.3f}x)")
+        return lines
+
+    def __str__(self) -> str:
+        return f"{self.table}\n\n{self.summary}" if self.ops else self.summary
+
+    def __repr__(self) -> str:
+        int8 = sum(op.int8 for op in self.ops)
+        return f"Report({int8} of {len(self.ops)} ops in int8)"
+
+
+def _made_by(record: Record) -> str:
+    parts = [f"mode {record.mode}"]
+    if record.backend:
+        parts.append(f"backend {record.backend}")
+    if record.rung:
+        parts.append(f"captured by {record.rung}")
+    return ", ".join(parts)
+
+
+def _speed(real: float, codes: float) -> str:
+    ratio = f" ({codes / real:.2f}x)" if real else ""
+    return f"one forward of batch 1: {real:.3f} ms in float, {codes:.3f} ms converted{ratio}"
+
+
+def _paths(paths: tuple[str, ...]) -> str:
+    listed = ", ".join(shown(path, _NAME) or "(the input)" for path in paths[:_MOST_PATHS])
+    more = len(paths) - _MOST_PATHS
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+def _dtype(qtype: QType | None) -> str:
+    return "float" if qtype is None else _plain(qtype.dtype)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cells(op: OpRecord) -> tuple[str, ...]:
+    writes = op.writes
+    return (
+        op.path,
+        op.op,
+        "int8" if op.int8 else "float",
+        ", ".join(_dtype(qtype) for qtype in op.reads),
+        op.weight,
+        _dtype(writes),
+        "" if writes is None else f"{writes.scale:.6g}",
+        "" if writes is None else str(writes.zero_point),
+        op.kernel,
+        "" if op.int8 else op.why,
+    )
+
+
+def _row(op: OpRecord) -> dict[str, Any]:
+    return {
+        "path": op.path,
+        "op": op.op,
+        "runs": "int8" if op.int8 else "float",
+        "why": op.why,
+        "by": op.by,
+        "kernel": op.kernel,
+        "in": [_type(qtype) for qtype in op.reads],
+        "weight": op.weight,
+        "weight_elements": op.weights,
+        "out": _type(op.writes),
+        "source": op.source,
+        "origins": list(op.origins),
+    }
+
+
+def _type(qtype: QType | None) -> dict[str, Any] | None:
+    if qtype is None:
+        return None
+    return {
+        "dtype": _plain(qtype.dtype),
+        "scale": qtype.scale,
+        "zero_point": qtype.zero_point,
+        "quant_min": qtype.quant_min,
+        "quant_max": qtype.quant_max,
+    }
