@@ -7,6 +7,7 @@ Source: Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", arXiv 200
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Generator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError
 from fxquant.synthesis.shapes import input_shape
-from fxquant.synthesis.statistics import Site, measuring, trained_sites
+from fxquant.synthesis.statistics import Reached, Site, measuring, trained_sites
 
 REAL_DATA_IS_BETTER: Final = (
     "the calibration inputs are made up, from the statistics of the model's BatchNorms: real data "
@@ -32,12 +33,13 @@ _RATE: Final = 0.2
 _WARM_UP: Final = 5
 _PATIENCE, _GAIN = 10, 0.02
 # Inputs come normalised, as 0..1, as 0..16 or as bytes: the first statistics tell which.
-_SCALES: Final = (1.0, 1 / 16, 1 / 4, 4.0, 16.0, 64.0, 256.0)
-_SHIFTS: Final = (1.0, 2.0)
-_SEARCH_SAMPLES: Final = 4
+_SPREADS: Final = (1.0, 1 / 16, 1 / 4, 4.0, 16.0, 64.0, 256.0)
+_SHIFTS: Final = (0.0, 1.0, 2.0)
+_NEAR: Final = 1.0
+_SCALE_STEPS, _SCALE_SAMPLES = 30, 4
 # A quarter of a standard deviation: ranges are then off by several percent.
 _LARGE: Final = 0.25
-_VALUES: Final = 1_200_000
+_VALUES: Final = 1_300_000
 _BATCH: Final = 16
 
 
@@ -60,15 +62,15 @@ def synthesize(
 ) -> list[Tensor]:
     """Make inputs whose statistics at every BatchNorm are those the model was trained with.
 
-    The model is left as found: a copy is worked on. The same arguments give the same inputs, and
-    the global random state is not touched.
+    The model is left as found: a copy is worked on. The same arguments and number of threads give
+    the same inputs, and the global random state is not touched.
 
     Args:
         model: a float model with trained BatchNorm1d, 2d, 3d or SyncBatchNorm layers and one float
             input; its training flag does not matter.
         example_inputs: one tensor [batch, ...] that shows the shape; the batch is replaced. Without
             it the shape is found by trying.
-        samples: how many inputs; by default as many as hold 1.2 million values, 4 to 32.
+        samples: how many inputs; by default as many as hold 1.3 million values, 4 to 32.
         steps: gradient steps at most; fewer when the mismatch stops falling.
         seed: of the noise that is started from.
 
@@ -153,28 +155,87 @@ def _noise(shape: tuple[int, ...], seed: int, probe: Tensor) -> Tensor:
     return (noise / noise.std(correction=0)).to(probe)
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """How noise of mean 0 and spread 1 becomes an input; both are [1, channels, 1, ...]."""
+
+    offset: Tensor
+    spread: Tensor
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        return self.offset + self.spread * noise
+
+
 def _fit(model: nn.Module, sites: list[Site], noise: Tensor, steps: int) -> _Fit:
     """Descend from the best-scaled noise; keep the best inputs met on the way."""
+    scale = _find_scale(model, sites, noise)
+    values = noise.clone().requires_grad_()
+    best, history = noise, [math.inf]
+    optimizer = torch.optim.Adam([values], lr=_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
     with measuring(sites) as found:
-        scale, shift = _starting_point(model, noise[:_SEARCH_SAMPLES], found)
-        inputs = (shift + scale * noise).requires_grad_()
-        optimizer = torch.optim.Adam([inputs], lr=_RATE * scale, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
-        best, history = inputs.detach().clone(), [math.inf]
-        for _ in range(steps + 1):
-            loss = _loss(model, inputs, found)
-            value = loss.item()
-            if not math.isfinite(value):
-                break
+        for step in range(steps + 1):
+            loss = _loss(model, scale(values), found)
+            value = _finite(loss.item(), model)
             if value < min(history):
-                best = inputs.detach().clone()
+                best = values.detach().clone()
             history.append(value)
-            if len(history) > steps + 1 or _settled(history, steps):
+            if step == steps or _settled(history, steps):
                 break
-            inputs.grad = _gradient(loss, inputs, model)
+            (values.grad,) = _gradients(loss, [values], model)
             optimizer.step()
             schedule.step()
-    return _Fit(best, math.sqrt(min(history)), len(history) - 1)
+    return _Fit(scale(best), math.sqrt(min(history)), len(history) - 1)
+
+
+def _find_scale(model: nn.Module, sites: list[Site], noise: Tensor) -> _Scale:
+    """The offset and spread at which noise is nearest to the first statistics it meets."""
+    few = noise[:_SCALE_SAMPLES] if noise.dim() > 2 else noise
+    channels = noise.new_zeros(1, noise.shape[1], *[1] * (noise.dim() - 2))
+    with measuring(sites, only_first=True) as found:
+        best, scale = math.inf, _Scale(channels, channels + 1)
+        with torch.no_grad():
+            for spread, shift in itertools.product(_SPREADS, _SHIFTS):
+                tried = _Scale(channels + spread * shift, channels + spread)
+                loss = _loss(model, tried(few), found).item()
+                if loss < best:
+                    best, scale = loss, tried
+        _finite(best, model)
+        # Near enough, fitting each channel to one layer would only undo the noise's spectrum.
+        return scale if best < _NEAR else _fitted_scale(model, scale, few, found)
+
+
+def _fitted_scale(model: nn.Module, start: _Scale, few: Tensor, found: list[Tensor]) -> _Scale:
+    """Fit offset and spread per channel: inputs whose offset is many times their spread."""
+    offset = torch.zeros_like(start.offset).requires_grad_()
+    power = torch.zeros_like(start.offset).requires_grad_()
+    best, scale = math.inf, start
+
+    def evaluate() -> float:
+        nonlocal best, scale
+        tried = _Scale(start.offset + start.spread * offset, start.spread * power.exp())
+        loss = _loss(model, tried(few), found)
+        value = loss.item()
+        if value < best:
+            best, scale = value, _Scale(tried.offset.detach(), tried.spread.detach())
+        offset.grad, power.grad = _gradients(loss, [offset, power], model)
+        return value
+
+    # Few unknowns and a narrow valley: first-order steps small enough for the spread would never
+    # bring the offset home.
+    torch.optim.LBFGS([offset, power], max_iter=_SCALE_STEPS, line_search_fn="strong_wolfe").step(
+        evaluate
+    )
+    return scale
+
+
+def _finite(loss: float, model: nn.Module) -> float:
+    if not math.isfinite(loss):
+        raise CalibrationError(
+            f"inputs cannot be made up for this {type(model).__name__}: noise gives NaN or "
+            "infinity at its BatchNorms. Pass calibration data"
+        )
+    return loss
 
 
 def _rate(step: int, steps: int) -> float:
@@ -182,32 +243,13 @@ def _rate(step: int, steps: int) -> float:
     return min((step + 1) / _WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _starting_point(model: nn.Module, noise: Tensor, found: list[Tensor]) -> tuple[float, float]:
-    """The scale and shift at which plain noise is nearest to the statistics."""
-    best, choice = math.inf, (1.0, 0.0)
-    with torch.no_grad():
-        for scale in _SCALES:
-            value = _loss(model, scale * noise, found).item()
-            if value < best:
-                best, choice = value, (scale, 0.0)
-        (scale, _) = choice
-        for shift in _SHIFTS:
-            value = _loss(model, scale * (noise + shift), found).item()
-            if value < best:
-                best, choice = value, (scale, scale * shift)
-    if not math.isfinite(best):
-        raise CalibrationError(
-            f"inputs cannot be made up for this {type(model).__name__}: noise of any scale gives "
-            "NaN or infinity at its BatchNorms. Pass calibration data"
-        )
-    return choice
-
-
 def _loss(model: nn.Module, inputs: Tensor, found: list[Tensor]) -> Tensor:
     """One forward; the mean mismatch over all uses of all sites."""
     found.clear()
     try:
         nn.Module.__call__(model, inputs)
+    except Reached:
+        pass
     except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise CalibrationError(
             f"the model failed on a made-up input {list(inputs.shape)}: {type(error).__name__}: "
@@ -221,15 +263,14 @@ def _loss(model: nn.Module, inputs: Tensor, found: list[Tensor]) -> Tensor:
     return torch.stack(found).mean()
 
 
-def _gradient(loss: Tensor, inputs: Tensor, model: nn.Module) -> Tensor:
+def _gradients(loss: Tensor, values: list[Tensor], model: nn.Module) -> tuple[Tensor, ...]:
     try:
-        (gradient,) = torch.autograd.grad(loss, inputs)
+        return torch.autograd.grad(loss, values)
     except RuntimeError as error:
         raise CalibrationError(
             f"this {type(model).__name__} cannot be differentiated down to its input ({error}), so "
             "inputs cannot be made up for it: pass calibration data"
         ) from error
-    return gradient
 
 
 def _settled(history: list[float], steps: int) -> bool:

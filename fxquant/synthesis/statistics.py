@@ -83,14 +83,23 @@ def _site(path: str, norm: Any) -> Site | None:
     return Site(path, norm, mean, (variance + norm.eps).sqrt(), weight)
 
 
+class Reached(Exception):
+    """Ends a forward whose rest does not matter; never leaves this package."""
+
+
 @contextmanager
-def measuring(sites: list[Site]) -> Generator[list[Tensor]]:
-    """While open, each forward appends one mismatch per use of a site to the list yielded."""
+def measuring(sites: list[Site], *, only_first: bool = False) -> Generator[list[Tensor]]:
+    """While open, each forward appends one mismatch per use of a site to the list yielded.
+
+    With ``only_first`` each forward ends, by :class:`Reached`, at the first site it comes to.
+    """
     found: list[Tensor] = []
 
     def hook_for(site: Site) -> Any:
         def measure(_norm: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(site.mismatch(args[0]))
+            if only_first:
+                raise Reached
 
         return measure
 

@@ -185,6 +185,13 @@ def test_peeking_nothing_is_an_error() -> None:
         first_batch(used)
 
 
+def test_peeking_refuses_options_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match="transform is a int"):
+        first_batch(batches(), 3)  # type: ignore[arg-type]  # the mistake under test
+    with pytest.raises(ConfigError, match="do both in the function"):
+        first_batch(lambda model: None, lambda b: b)
+
+
 def test_a_failing_transform_names_batch_and_contents() -> None:
     with pytest.raises(CalibrationError, match=r"batch 0, dict of 1 .*KeyError: 'image'") as caught:
         first_batch([{"x": torch.zeros(2, 3)}], lambda b: b["image"])

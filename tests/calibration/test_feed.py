@@ -175,7 +175,7 @@ def test_a_function_may_return_what_it_likes_and_leaves_no_hook() -> None:
     [(torch.zeros(5, 4), "float32[5, 4]"), (torch.zeros(5, 3).double(), "float64[5, 3]")],
 )
 def test_a_batch_the_model_fails_on_is_named(
-    make: Callable[[], nn.Module], bad: Tensor, shown: str, capfd: pytest.CaptureFixture[str]
+    make: Callable[[], nn.Module], bad: Tensor, shown: str
 ) -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrate(make(), [*DATA[:2], bad])
@@ -183,8 +183,20 @@ def test_a_batch_the_model_fails_on_is_named(
     assert "batch 2" in text and shown in text and "RuntimeError" in text
     cause = caught.value.__cause__
     assert isinstance(cause, RuntimeError) and str(cause) in text
-    # The cause still says where: a GraphModule's own __call__ would cut this, and print.
-    assert cause.__traceback__ is not None
+
+
+def test_a_failing_op_of_a_graph_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Product(Watched):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(self.before(x), x)
+
+    # Called the usual way, a GraphModule prints where its own code failed.
+    model = traced(Product())
+    with pytest.raises(RuntimeError):
+        model(DATA[0])
+    assert "Call using an FX-traced Module" in capfd.readouterr().err
+    with pytest.raises(CalibrationError, match="batch 0"):
+        calibrate(model, DATA)
     assert capfd.readouterr().err == ""
 
 
