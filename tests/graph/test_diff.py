@@ -398,3 +398,28 @@ def test_a_large_graph_with_many_changes() -> None:
     diff = diff_states(chain(10**6), chain(3))
     assert isinstance(diff, GraphDiff)
     assert [change.kind for change in diff.changes] == ["replaced"] * 999
+
+
+def test_neighbours_that_could_be_either_wait_for_more_evidence() -> None:
+    """Two like readers of one value: what reads them in turn says which is which."""
+
+    def graph(first: str, second: str, *numbers: str) -> GraphState:
+        return GraphState(
+            (
+                node("x", "input"),
+                node("p", "relu", Ref("x"), numbers[0]),
+                node("q", "relu", Ref("x"), numbers[1]),
+                node("s", first, Ref("p")),
+                node("t", second, Ref("q")),
+                node("output", "output", Ref("s"), Ref("t")),
+            )
+        )
+
+    diff = diff_states(graph("exp", "log", "1", "2"), graph("sin", "cos", "3", "4"))
+    told = {(c.kind, c.before[0].name, c.after[0].name) for c in diff.changes}
+    assert told == {
+        ("changed", "p", "p"),
+        ("changed", "q", "q"),
+        ("replaced", "s", "s"),
+        ("replaced", "t", "t"),
+    }
