@@ -1,1 +1,26 @@
-""""""
+"""fxquant turns a float PyTorch model into one that runs int8 kernels, and shows every rewrite.
+
+>>> import torch, fxquant
+>>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+>>> q = fxquant.quantize(net, [torch.randn(8, 3, 16, 16)], mode="static", backend="reference")
+>>> bool(fxquant.diff(q))
+True
+"""
+
+from fxquant.api import backends, calibrate, convert, prepare, quantize
+from fxquant.report.api import diff, history, report
+from fxquant.spec import QConfig, QSpec
+
+__all__ = [
+    "QConfig",
+    "QSpec",
+    "backends",
+    "calibrate",
+    "convert",
+    "diff",
+    "history",
+    "prepare",
+    "quantize",
+    "report",
+]
+__version__ = "0.1.0"

@@ -66,12 +66,12 @@ class QSpec:
         """Smallest code; symmetric int8 leaves out -2**(bits-1) so that the range is even."""
         if self.dtype == "uint8":
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
 
     @property
     def quant_max(self) -> int:
         """Largest code."""
-        return 2**self.bits - 1 if self.dtype == "uint8" else 2 ** (self.bits - 1) - 1
+        return (1 << self.bits) - 1 if self.dtype == "uint8" else (1 << (self.bits - 1)) - 1
 
 
 DEFAULT_ACTIVATION: Final = QSpec()

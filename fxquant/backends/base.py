@@ -60,9 +60,9 @@ MEASURED: Final = Costs(
     dequantize=Cost(7.0, 0.22),
     on_codes={
         "": Cost(12.0, 0.7),  # a 256-entry table
-        "add": Cost(12.0, 0.12),
-        "sub": Cost(12.0, 0.12),
-        "mul": Cost(14.0, 0.2),
+        "add": Cost(30.0, 0.6),
+        "sub": Cost(30.0, 0.6),
+        "mul": Cost(30.0, 0.6),
         "batch_norm": Cost(14.0, 0.17),
         "cat": Cost(8.0, 0.08),
         "stack": Cost(8.0, 0.08),

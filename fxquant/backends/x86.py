@@ -19,9 +19,6 @@ _NEEDED: Final = {
     "qconv2d_pointwise": "binary",
     "qlinear_prepack": "default",
     "qlinear_pointwise": "default",
-    "qadd": "tensor",
-    "qadd_relu": "tensor",
-    "qmul": "tensor",
     "qbatch_norm2d": "default",
 }
 

@@ -138,7 +138,7 @@ def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | Non
         if not isinstance(value, Node):
             return None
         parent, _, leaf = str(value.target).rpartition(".")
-        return getattr(editor.module.get_submodule(parent), leaf)
+        return getattr(editor.module.get_submodule(parent), leaf).detach()
 
     weight, scale = at(match.bound["w"]), at(match.bound["scale"])
     if scale.numel() == 1:
@@ -208,7 +208,7 @@ def put(
 def _is_container(editor: Editor, path: str) -> bool:
     """Whether the place belongs to the layer's own weight holder."""
     try:
-        return "weight_scale" in dict(editor.module.get_submodule(path).named_buffers())
+        return "weight_scale" in dict(editor.module.get_submodule(path).named_parameters())
     except AttributeError:
         return False
 

@@ -14,62 +14,61 @@ from fxquant.numerics.affine import quantize
 from fxquant.numerics.lut import apply_table
 
 _ONEDNN: Final = torch.ops.onednn
-_PAIR_KERNELS: Final = {
-    ("add", False): _ONEDNN.qadd.tensor,
-    ("add", True): _ONEDNN.qadd_relu.tensor,
-    ("mul", False): _ONEDNN.qmul.tensor,
-}
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Same shape and same dense layout: the kernels need both and check neither."""
-    if a.shape != b.shape:
-        a, b = torch.broadcast_tensors(a, b)
-    if _is_channels_last(a) or _is_channels_last(b):
-        layout = torch.channels_last
-        return a.contiguous(memory_format=layout), b.contiguous(memory_format=layout)
-    return a.contiguous(), b.contiguous()
 
 
 class PairCodes(nn.Module):
-    """``quantize(real(a) + real(b))`` or ``*``, of uint8 codes that may broadcast.
+    """``quantize(real(a) + alpha * real(b))``, ``-`` or ``*``, of codes that may broadcast.
+
+    Torch's ``onednn.qadd`` and ``qmul`` are not used: their vectorised loop reads uint8 codes from
+    128 up as negative (measured on torch 2.13: 193 + 193 came out as -63 - 63), so the sum is
+    taken in float32, in which codes and their products are exact.
 
     Args:
-        name: ``"add"`` or ``"mul"``.
+        name: ``"add"``, ``"sub"`` or ``"mul"``.
         relu: whether ``relu`` follows.
         a: type of the first input.
         b: type of the second input.
         writes: type of the result.
+        alpha: factor of the second operand of a sum.
     """
 
-    def __init__(self, name: str, relu: bool, a: QType, b: QType, writes: QType) -> None:
+    def __init__(  # noqa: PLR0913 - two operands, a result and what happens between them
+        self, name: str, relu: bool, a: QType, b: QType, writes: QType, alpha: float = 1.0
+    ) -> None:
         super().__init__()
-        self.name, self.relu = name, relu
+        self.name, self.relu, self.alpha = name, relu, alpha
         self.a, self.b, self.writes = a, b, writes
-        self.floor = writes.zero_point if relu and name == "mul" else None
+        # Quantizing saturates at quant_min, which is relu if that is the code of zero.
+        self.floor = writes.zero_point if relu and writes.zero_point != writes.quant_min else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """One kernel call; a broadcast operand is first written out."""
-        a, b = _alike(a, b)
-        if a.numel() == 0:
-            return torch.empty_like(a)
-        kernel = _PAIR_KERNELS[self.name, self.relu and self.name == "add"]
-        result: Tensor = kernel(
-            a,
-            self.a.scale,
-            self.a.zero_point,
-            b,
-            self.b.scale,
-            self.b.zero_point,
-            self.writes.scale,
-            self.writes.zero_point,
-            self.writes.dtype,
+        """``a`` and ``b`` are codes; the result has their broadcast shape."""
+        real = self._product(a, b) if self.name == "mul" else self._sum(a, b)
+        out = self.writes
+        codes = quantize(
+            real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype
         )
-        return result if self.floor is None else result.clamp_(min=self.floor)
+        return codes if self.floor is None else codes.clamp_(min=self.floor)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.numel() < b.numel():
+            return self._scaled(b, self.b.zero_point, a, self.a.zero_point)
+        return self._scaled(a, self.a.zero_point, b, self.b.zero_point)
+
+    def _scaled(self, large: Tensor, zero: int, small: Tensor, small_zero: int) -> Tensor:
+        """The scales go to the smaller operand: in a gate it has one element a channel."""
+        factor = small.float().sub_(small_zero).mul_(self.a.scale * self.b.scale)
+        if large.shape != torch.broadcast_shapes(large.shape, small.shape):
+            return (large.float() - zero) * factor
+        return large.float().sub_(zero).mul_(factor)
+
+    def _sum(self, a: Tensor, b: Tensor) -> Tensor:
+        factor = self.b.scale * (-self.alpha if self.name == "sub" else self.alpha)
+        left = a.float().sub_(self.a.zero_point).mul_(self.a.scale)
+        right = b.float().sub_(self.b.zero_point)
+        if left.shape == torch.broadcast_shapes(left.shape, right.shape):
+            return left.add_(right, alpha=factor)
+        return left + right * factor
 
     def extra_repr(self) -> str:
         """Types, for ``print(model)``."""

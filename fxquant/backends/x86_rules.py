@@ -105,10 +105,12 @@ def options_are_constant(match: Match) -> Reject | None:
 
 
 def _lower_pair(match: Match, editor: Editor) -> None:
-    relu = "relu" in match.bound
-    name = "mul" if is_op(match.node("op"), "mul") else "add"
+    node, relu = match.node("op"), "relu" in match.bound
+    found = op_of(node)
+    name = found.name if found is not None else ""
+    alpha = float(argument(node, "alpha")) if name != "mul" else 1.0
     a, b = codes_type(match.node("dq")), codes_type(match.node("dq2"))
-    _replace(match, editor, PairCodes(name, relu, a, b, _writes(match)), "dq", "dq2")
+    _replace(match, editor, PairCodes(name, relu, a, b, _writes(match), alpha), "dq", "dq2")
 
 
 def to_qparams(qtype: QType) -> QParams:
@@ -298,17 +300,10 @@ _SPLITS: Final = tuple(name for name in op_names() if op_named(name).kind is Kin
 
 OP_RULES: Final = (
     Rule(
-        "x86-add",
-        _q(_RELU_OF(op("add", _dq("dq", "x"), _dq("dq2", "y"), name="op", alpha=1))),
+        "x86-pair",
+        _q(_RELU_OF(op(("add", "sub", "mul"), _dq("dq", "x"), _dq("dq2", "y"), name="op"))),
         _lower_pair,
-        (full_codes,),
-        priority=10,
-    ),
-    Rule(
-        "x86-mul",
-        _q(_RELU_OF(op("mul", _dq("dq", "x"), _dq("dq2", "y"), name="op"))),
-        _lower_pair,
-        (full_codes,),
+        (options_are_constant,),
         priority=10,
     ),
     Rule("x86-table", _q(op(ACTIVATIONS, _dq("dq", "x"), name="op")), _lower_unary, (options_are_constant,)),

@@ -45,20 +45,19 @@ class QuantizedWeight(nn.Module):
         bias: float32 ``[channels]`` or ``None``.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias)
+        # Parameters, not buffers: unpickling a graph module traces it anew, and would fold
+        # dequantize_weight(buffer, buffer) into a float constant.
+        for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
+            held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, held)
 
     def extra_repr(self) -> str:
         """Shape and granularity, for ``print(model)``."""
-        kind = "per channel" if self.weight_scale.numel() > 1 else "per tensor"
-        return f"{tuple(self.weight.shape)} int8 {kind}, bias={self.bias is not None}"
+        weight, scale = self.get_parameter("weight"), self.get_parameter("weight_scale")
+        kind = "per channel" if scale.numel() > 1 else "per tensor"
+        return f"{tuple(weight.shape)} int8 {kind}, bias={self._parameters['bias'] is not None}"
 
 
 @dataclass(frozen=True)
