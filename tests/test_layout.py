@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,11 @@ def test_only_the_writer_changes_a_graph() -> None:
         and node.func.attr in GRAPH_WRITERS
     ]
     assert found == []
+
+
+def test_the_version_is_told_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert fxquant.__version__ == project["version"]
 
 
 def test_public_names_are_few_and_exist() -> None:
