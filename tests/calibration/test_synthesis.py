@@ -383,16 +383,18 @@ def test_options_have_to_be_counts(cnn: nn.Module, option: dict[str, Any]) -> No
         synthesize(cnn, torch.zeros(1, 3, 16, 16), **option)
 
 
-def test_it_stops_when_nothing_improves(cnn: nn.Module) -> None:
+def test_it_stops_when_nothing_improves() -> None:
     calls: list[int] = []
 
     def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls.append(len(args[0]))
 
-    model = copy.deepcopy(cnn)
-    model[0].register_forward_pre_hook(count)  # type: ignore[index]  # a Sequential
+    model = trained(nn.BatchNorm2d(2), torch.rand(8, 2, 8, 8))
+    # The BatchNorm only ever sees zeros, so no step can bring anything.
+    model.register_forward_pre_hook(lambda _m, args: (torch.zeros_like(args[0]) + 0 * args[0],))
+    model.register_forward_pre_hook(count)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        synthesize(model, torch.zeros(1, 3, 16, 16), samples=8, steps=400)
-    # Twenty-one forwards search for the scale, the others descend.
-    assert 21 + 20 < len(calls) < 350
+        synthesize(model, torch.zeros(1, 2, 8, 8), samples=8, steps=100)
+    # The search for the scale takes at most 60 forwards; the descent gives up past its first half.
+    assert 50 < len(calls) < 60 + 60
