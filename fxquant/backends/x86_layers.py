@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
+_PACKED: Final = ("_call", "_weights", "_kernel")
+"""Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class X86Layer(nn.Module):
         return self.weight_scale
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed form, which cannot be copied or pickled."""
-        return {key: value for key, value in self.__dict__.items() if key != "_call"}
+        """Everything but what :meth:`pack` makes, which cannot be copied or pickled."""
+        return {key: value for key, value in self.__dict__.items() if key not in _PACKED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the packed form of a copy."""
@@ -119,7 +122,7 @@ class X86Layer(nn.Module):
 class X86Conv(X86Layer):
     """A convolution of 1, 2 or 3 dimensions."""
 
-    def __init__(  # noqa: PLR0913 - a convolution has that many parts
+    def __init__(
         self,
         weight: Tensor,
         scale: Tensor,
@@ -133,8 +136,6 @@ class X86Conv(X86Layer):
         super().__init__(weight, scale, bias, reads, writes, post)
         self.geometry = geometry
         self.shape = shape
-        self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
-        self._layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         self.pack()
 
     def _packed(self) -> Tensor:
@@ -156,6 +157,7 @@ class X86Conv(X86Layer):
         """Reorder the weight and lay out the call's constant arguments."""
         g = self.geometry
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
         self._head = (self.reads.scale, self.reads.zero_point)
         self._call = (
             self._packed(),
@@ -172,8 +174,18 @@ class X86Conv(X86Layer):
             self.post.algorithm,
         )
 
+    def _nothing(self, codes: Tensor) -> Tensor:
+        """The result of an empty batch, for which some kernels return a wrong shape."""
+        g, convs = self.geometry, (F.conv1d, F.conv2d, F.conv3d)
+        real, weight = (t.to("meta", torch.float32) for t in (codes, self.weight))
+        conv = convs[weight.dim() - 3]
+        like = conv(real, weight, None, g.stride, g.padding, g.dilation, g.groups)
+        return codes.new_empty(like.shape, dtype=self._output()[2])
+
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call; ``codes`` uint8 ``[batch, channels, ...]``."""
+        if codes.numel() == 0:
+            return self._nothing(codes)
         result: Tensor = self._kernel(codes, *self._head, *self._call)
         return result if self.floor is None else result.clamp_(min=self.floor)
 
@@ -184,12 +196,12 @@ class X86ConvSum(X86Conv):
     def __init__(self, *args: Any, other: QType, **kwargs: Any) -> None:
         self.other = other
         super().__init__(*args, **kwargs)
-        self._kernel = _ONEDNN.qconv2d_pointwise.binary
 
     def pack(self) -> None:
         """As for a plain convolution, with the sum's own scale."""
         g = self.geometry
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._kernel = _ONEDNN.qconv2d_pointwise.binary
         self._head = (self.reads.scale, self.reads.zero_point)
         self._weights = (self._packed(), self.weight_scale, zeros)
         self._call = (
@@ -208,13 +220,11 @@ class X86ConvSum(X86Conv):
             self.post.algorithm,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed form."""
-        return {key: value for key, value in super().__getstate__().items() if key != "_weights"}
-
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
-        total = other.contiguous(memory_format=self._layout)
+        if codes.numel() == 0:
+            return self._nothing(codes)
+        total = other.contiguous(memory_format=torch.channels_last)
         result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
         return result
 
@@ -232,12 +242,12 @@ class X86Linear(X86Layer):
         post: PostOp,
     ) -> None:
         super().__init__(weight, scale, bias, reads, writes, post)
-        self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
         self.pack()
 
     def pack(self) -> None:
         """Reorder the weight and lay out the call's constant arguments."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
         self._head = (self.reads.scale, self.reads.zero_point)
         self._call = (
             _ONEDNN.qlinear_prepack(self.weight, None),
@@ -250,8 +260,15 @@ class X86Linear(X86Layer):
             self.post.algorithm,
         )
 
+    def _nothing(self, codes: Tensor) -> Tensor:
+        """The result of an empty batch, for which the kernel drops dimensions."""
+        shape = (*codes.shape[:-1], self.weight.shape[0])
+        return codes.new_empty(shape, dtype=self._output()[2])
+
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call; ``codes`` uint8 or int8 ``[..., features]``."""
+        if codes.numel() == 0:
+            return self._nothing(codes)
         result: Tensor = self._kernel(codes, *self._head, *self._call)
         return result
 
@@ -262,11 +279,11 @@ class X86LinearSum(X86Linear):
     def __init__(self, *args: Any, other: QType, **kwargs: Any) -> None:
         self.other = other
         super().__init__(*args, **kwargs)
-        self._kernel = _ONEDNN.qlinear_pointwise.binary
 
     def pack(self) -> None:
         """As for a plain linear, with the sum's own scale."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._kernel = _ONEDNN.qlinear_pointwise.binary
         self._head = (self.reads.scale, self.reads.zero_point)
         self._weights = (_ONEDNN.qlinear_prepack(self.weight, None), self.weight_scale, zeros)
         self._call = (
@@ -281,12 +298,10 @@ class X86LinearSum(X86Linear):
             self.post.algorithm,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed form."""
-        return {key: value for key, value in super().__getstate__().items() if key != "_weights"}
-
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
+        if codes.numel() == 0:
+            return self._nothing(codes)
         total = other.contiguous()
         result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
         return result
