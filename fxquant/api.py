@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,10 +14,16 @@ from torch.fx import GraphModule
 
 from fxquant import calibration as feeding
 from fxquant.backends.base import Availability
-from fxquant.errors import CalibrationError, ConfigError, FxQuantWarning, LoweringError, SpeedWarning
+from fxquant.errors import (
+    CalibrationError,
+    ConfigError,
+    FxQuantWarning,
+    LoweringError,
+    SpeedWarning,
+    warn_user,
+)
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
-from fxquant.graph.shapes import record_shapes
 from fxquant.numerics.observers import Observer
 from fxquant.passes.base import Pass
 from fxquant.passes.configure import Selector
@@ -92,8 +98,27 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     _check_share(min_coverage)
     _check_mode(mode, _MODES)
     resolve_qconfig(qconfig)
+    _check_model(model)
+    with torch.random.fork_rng(devices=[]):
+        prepared = _prepare_and_calibrate(
+            model,
+            calibration,
+            example_inputs,
+            (qconfig, overrides, patterns),
+            (transform, max_batches, progress),
+        )
+        return convert(prepared, backend=backend, min_coverage=min_coverage)
+
+
+def _prepare_and_calibrate(
+    model: nn.Module,
+    calibration: Any,
+    example_inputs: Examples | None,
+    wishes: tuple[QConfig | str | None, Overrides | None, Sequence[Rule]],
+    feed: tuple[Callable[[Any], Any] | None, int | None, Callable[[int, int | None], None] | None],
+) -> GraphModule:
+    transform, max_batches, progress = feed
     if calibration is None:
-        _check_model(model)
         calibration = synthesize(model, _tensor_example(example_inputs))
         transform = None
     if example_inputs is None:
@@ -101,11 +126,11 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         args, kwargs, calibration, transform = first.args or (), first.kwargs, first.replay, None
     else:
         args, kwargs = _split_example(example_inputs)
-    prepared = _prepare(model, args, kwargs, qconfig, overrides, patterns)
+    prepared = _prepare(model, args, kwargs, *wishes)
     calibrate(
         prepared, calibration, transform=transform, max_batches=max_batches, progress=progress
     )
-    return convert(prepared, backend=backend, min_coverage=min_coverage)
+    return prepared
 
 
 def prepare(
@@ -192,12 +217,13 @@ def convert(
         raise CalibrationError(
             "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
         )
-    converted = copy.deepcopy(prepared)
     made = copy.copy(record)
     made.snapshots = list(record.snapshots)
     made.backend = chosen.name
     made.observers = tuple(observer.summary() for observer in observers if observer.seen)
     made.unseen = tuple(observer.path for observer in observers if not observer.seen)
+    # After the summaries: the copy takes along the ranges they found.
+    converted = _working_copy(prepared)
 
     def watch(step: Pass, editor: Editor) -> None:
         if step.name == "read-ranges":
@@ -206,12 +232,32 @@ def convert(
             made.ops = read_ops(editor.graph)
 
     convert_recipe(chosen).run(converted, made, watch=watch)
-    made.ops = with_kernels(made.ops, converted.graph)
+    _own_tensors(converted)
+    made.ops = with_kernels(made.ops, converted.graph, chosen.name)
     made.bytes_after = _bytes(converted)
     converted.meta[KEY] = made
     _check_coverage(made, min_coverage)
     _check_speed(prepared, converted, made)
     return converted
+
+
+def _working_copy(prepared: GraphModule) -> GraphModule:
+    """A copy that still shares float tensors: most of them are about to become integers."""
+    tensors = (*prepared.parameters(), *prepared.buffers())
+    return copy.deepcopy(prepared, {id(tensor): tensor for tensor in tensors})
+
+
+def _own_tensors(converted: GraphModule) -> None:
+    """Give the parameters that stayed float memory of their own."""
+    own: dict[int, nn.Parameter] = {}
+    for module in converted.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None and value.is_floating_point() and value.requires_grad:
+                fresh = own.setdefault(id(value), nn.Parameter(value.detach().clone()))
+                module._parameters[name] = fresh
+        for name, buffer in list(module._buffers.items()):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and buffer is not None:
+                module._buffers[name] = buffer.clone()
 
 
 def backends() -> tuple[Availability, ...]:
@@ -237,23 +283,28 @@ def _prepare(
     chosen = _resolve_overrides(overrides)
     _check_patterns(patterns)
     if model.training:
-        warnings.warn(
+        warn_user(
             "the model is in training mode; its copy is put in eval mode for quantization",
             FxQuantWarning,
-            stacklevel=3,
         )
     with torch.random.fork_rng(devices=[]):
         start = time.perf_counter()
         captured = capture(model, args, kwargs, evaluate=True)
         record = Record("static", rung=captured.rung, bytes_before=_bytes(model))
-        if args or kwargs:
-            record_shapes(captured.module, args, kwargs)
         record.snapshots.append(first_snapshot(captured.module, time.perf_counter() - start))
-        prepare_recipe(default, chosen, tuple(patterns)).run(captured.module, record)
+        ranks = _ranks(model, args, kwargs)
+        prepare_recipe(default, chosen, tuple(patterns), ranks).run(captured.module, record)
     if not any(isinstance(m, Observer) for m in captured.module.modules()):
         raise _nothing_int8(read_ops(captured.module.graph))
     captured.module.meta[KEY] = record
     return captured.module.eval()
+
+
+def _ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """How many dimensions each example input has."""
+    names = list(inspect.signature(model.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
 
 
 def _check_model(model: nn.Module) -> None:
@@ -356,10 +407,9 @@ def _check_speed(prepared: GraphModule, converted: GraphModule, record: Record) 
         f"{path} ({op}) {codes:.0f} us, {real:.0f} us in float"
         for path, op, codes, real in timing.slowest
     )
-    warnings.warn(
+    warn_user(
         f"the int8 model is slower than the float one at batch 1: {timing.quantized_ms:.3f} ms "
         f"against {timing.float_ms:.3f} ms. What costs most: {worst}. Small layers gain nothing "
         "from int8: leave them in float with overrides={...: None}",
         SpeedWarning,
-        stacklevel=3,
     )

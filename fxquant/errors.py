@@ -6,6 +6,12 @@ Every class is an :class:`FxQuantError` and also the builtin that fits, so that
 
 from __future__ import annotations
 
+import sys
+import warnings
+from typing import Final
+
+_PACKAGE: Final = __name__.partition(".")[0]
+
 
 class FxQuantError(Exception):
     """Base of every error that fxquant raises on purpose."""
@@ -53,3 +59,22 @@ class CalibrationWarning(FxQuantWarning):
 
 class SpeedWarning(FxQuantWarning):
     """The quantized model was measured slower than its float original."""
+
+
+def warn_user(message: str, category: type[FxQuantWarning]) -> None:
+    """Warn at the line of the user's code that called fxquant.
+
+    Args:
+        message: what happened, why, and what to do.
+        category: which warning.
+    """
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_own(module: str) -> bool:
+    # Context managers put frames of contextlib between ours.
+    return module.partition(".")[0] in (_PACKAGE, "contextlib")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from fxquant.backends.base import INT8_OPS, Availability, Backend
@@ -41,13 +41,15 @@ def prepare_recipe(
     qconfig: QConfig,
     overrides: tuple[tuple[Selector, QConfig | None], ...],
     patterns: tuple[Rule, ...],
+    ranks: Mapping[str, int],
 ) -> Pipeline:
     """From the captured graph to one with observers.
 
     Args:
         qconfig: the default configuration.
         overrides: selectors and what applies to them, in order.
-        patterns: fusion rules tried before the built-in ones of the same priority and size.
+        patterns: fusion rules beside the built-in ones.
+        ranks: how many dimensions each input has, as far as that is known.
     """
     return Pipeline(
         (
@@ -56,7 +58,7 @@ def prepare_recipe(
             Canonicalize(),
             SplitPadding(),
             Configure(qconfig, overrides),
-            Fuse((*patterns, *FUSION_RULES)),
+            Fuse((*patterns, *FUSION_RULES), tuple(sorted(ranks.items()))),
             Annotate(INT8_OPS),
             Observe(),
         )

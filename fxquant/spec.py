@@ -99,7 +99,7 @@ class QConfig:
 
     activation: QSpec | None = DEFAULT_ACTIVATION
     weight: QSpec | None = DEFAULT_WEIGHT
-    output: QSpec | None | Literal["same"] = "same"
+    output: QSpec | Literal["same"] | None = "same"
 
     def __post_init__(self) -> None:
         for name in ("activation", "weight", "output"):
@@ -114,9 +114,7 @@ class QConfig:
             )
         if isinstance(self.output, QSpec) and self.output.granularity == "channel":
             raise ConfigError("QConfig.output asks for one scale per channel: use 'tensor'")
-        if self.weight is not None and not (
-            self.weight.dtype == "int8" and self.weight.symmetric
-        ):
+        if self.weight is not None and not (self.weight.dtype == "int8" and self.weight.symmetric):
             raise ConfigError(
                 "QConfig.weight must be symmetric int8: the kernels take no weight zero point"
             )

@@ -1,8 +1,8 @@
 """Lowering of layers to the x86 backend.
 
-    quantize(act(conv2d(dequantize(x), dequantize_weight(w), b)))           ->  X86Conv(x)
-    quantize(relu(conv2d(...) + dequantize(y)))                             ->  X86ConvSum(x, y)
-    act(linear(dequantize(x), dequantize_weight(w), b))                     ->  X86Linear(x), float
+quantize(act(conv2d(dequantize(x), dequantize_weight(w), b)))           ->  X86Conv(x)
+quantize(relu(conv2d(...) + dequantize(y)))                             ->  X86ConvSum(x, y)
+act(linear(dequantize(x), dequantize_weight(w), b))                     ->  X86Linear(x), float
 """
 
 from __future__ import annotations
@@ -232,8 +232,10 @@ def sum_fits(match: Match) -> Reject | None:
         return Reject(f"the {_name(layer)} kernel has no sum", layer)
     if codes_type(match.node("dq2")).dtype != torch.uint8:
         return Reject("the kernel sums uint8 only", layer)
-    a, b = info(match.node("add")).shape, info(match.node("dq2")).shape
-    if a is not None and b is not None and a != b:
+    total, other = info(match.root).shape, info(match.node("dq2")).shape
+    if total is None or other is None:
+        return Reject("calibration saw no shape of the sum", match.node("add"))
+    if total != other:
         return Reject("the sum broadcasts", match.node("add"))
     return None
 

@@ -105,7 +105,7 @@ class X86Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the packed form of a copy."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._call = ()
         self.pack()
 

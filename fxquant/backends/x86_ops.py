@@ -32,7 +32,7 @@ class PairCodes(nn.Module):
         alpha: factor of the second operand of a sum.
     """
 
-    def __init__(  # noqa: PLR0913 - two operands, a result and what happens between them
+    def __init__(
         self, name: str, relu: bool, a: QType, b: QType, writes: QType, alpha: float = 1.0
     ) -> None:
         super().__init__()
@@ -45,9 +45,7 @@ class PairCodes(nn.Module):
         """``a`` and ``b`` are codes; the result has their broadcast shape."""
         real = self._product(a, b) if self.name == "mul" else self._sum(a, b)
         out = self.writes
-        codes = quantize(
-            real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype
-        )
+        codes = quantize(real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype)
         return codes if self.floor is None else codes.clamp_(min=self.floor)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -254,9 +252,7 @@ class AverageCodes(nn.Module):
         mean: Tensor = average(codes.float(), **self.options)  # type: ignore[misc]
         out = self.writes
         real = mean.sub_(self.reads.zero_point).mul_(self.reads.scale)
-        return quantize(
-            real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype
-        )
+        return quantize(real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype)
 
     def extra_repr(self) -> str:
         """The op and types, for ``print(model)``."""

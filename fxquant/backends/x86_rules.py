@@ -1,8 +1,8 @@
 """Lowering of ops without an integer weight to the x86 backend.
 
-    quantize(dequantize(x) + dequantize(y))      ->  PairCodes(x, y)
-    quantize(f(dequantize(x)))                   ->  TableCodes(x), any f of one element
-    quantize(reshape(dequantize(x)))             ->  reshape(x), the codes themselves
+quantize(dequantize(x) + dequantize(y))      ->  PairCodes(x, y)
+quantize(f(dequantize(x)))                   ->  TableCodes(x), any f of one element
+quantize(reshape(dequantize(x)))             ->  reshape(x), the codes themselves
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ _AVERAGES: Final = (
     "mean",
     *(f"{kind}_pool{rank}d" for kind in ("avg", "adaptive_avg") for rank in (1, 2, 3)),
 )
-_MOVES: Final = tuple(
-    name for name in op_names() if op_named(name).kind is Kind.MOVE and name != "dropout"
-) + ("interpolate",)
+_MOVES: Final = (
+    *(name for name in op_names() if op_named(name).kind is Kind.MOVE and name != "dropout"),
+    "interpolate",
+)
 _THROUGH_FLOAT: Final = (
     *(f"max_pool{rank}d" for rank in (1, 3)),
     *(f"adaptive_max_pool{rank}d" for rank in (1, 2, 3)),
@@ -285,10 +286,11 @@ def _lower_part(match: Match, editor: Editor) -> None:
     node, split, codes = match.node("op"), match.node("split"), _codes(match, "dq")
     cut = next((u for u in codes.users if u.meta.get("splits") == split.name), None)
     if cut is None:
+        target: Any = split.target
         args = (codes, *split.args[1:])
-        cut = editor.call(split.target, args, dict(split.kwargs), like=split, before=split)
-        kept = info(codes).writes
-        editor.annotate(cut, writes=kept, reads=(kept,), value="tensors", decision=info(split).decision)
+        cut = editor.call(target, args, dict(split.kwargs), like=split, before=split)
+        kept, decision = info(codes).writes, info(split).decision
+        editor.annotate(cut, writes=kept, reads=(kept,), value="tensors", decision=decision)
         cut.meta["splits"] = split.name
     _recall(match, editor, node.target, (cut, *node.args[1:]), dict(node.kwargs))
 
@@ -306,7 +308,12 @@ OP_RULES: Final = (
         (options_are_constant,),
         priority=10,
     ),
-    Rule("x86-table", _q(op(ACTIVATIONS, _dq("dq", "x"), name="op")), _lower_unary, (options_are_constant,)),
+    Rule(
+        "x86-table",
+        _q(op(ACTIVATIONS, _dq("dq", "x"), name="op")),
+        _lower_unary,
+        (options_are_constant,),
+    ),
     Rule(
         "x86-table-number",
         _q(_RELU_OF(op(("add", "sub", "mul", "div"), _dq("dq", "x"), var("number"), name="op"))),

@@ -6,7 +6,6 @@ Edits no graph, and leaves the model's mode, the grad mode and the random state 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,13 @@ from fxquant.calibration.data import (
     refuse_empty,
     transformed,
 )
-from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, FxQuantError
+from fxquant.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    ConfigError,
+    FxQuantError,
+    warn_user,
+)
 from fxquant.numerics.observers import NonFiniteError, Observer
 
 Progress = Callable[[int, int | None], None]
@@ -259,9 +264,8 @@ def _warn_unseen(unseen: tuple[str, ...], observers: int) -> None:
     if not unseen:
         return
     more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
-    warnings.warn(
+    warn_user(
         f"calibration never reached {len(unseen)} of {observers} sites, which stay float: "
         f"{', '.join(unseen[:5])}{more}. Add data that takes those paths through the model",
         CalibrationWarning,
-        stacklevel=3,
     )

@@ -178,7 +178,9 @@ def _user_line(error: BaseException, files: TracebackType | None) -> str:
     return f"inside {type(error).__name__}"
 
 
-def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Which arguments of ``forward`` are not tensors, or are left out, and their values.
 
     Args:

@@ -1,4 +1,4 @@
-"""The only code that changes a graph: every change goes through an :class:`Editor` and is logged."""
+"""The only code that changes a graph: every edit goes through an :class:`Editor` and is logged."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Editor:
         """Add a ``get_attr`` of the tensor that already stands at ``path``."""
         return self._add("get_attr", path, (), None, like, before, None, name)
 
-    def _add(  # noqa: PLR0913 - mirrors Graph.create_node plus a position
+    def _add(
         self,
         op: str,
         target: Any,
@@ -220,7 +220,8 @@ class Editor:
             origins.update(dict.fromkeys(info(node).origins))
         old.replace_all_uses_with(new, propagate_meta=False)
         write_info(new, origins=tuple(origins))
-        for node in gone:
+        # A pattern may meet one node twice: x + conv(x) reads one dequantize from both sides.
+        for node in dict.fromkeys(gone):
             if not node.users:
                 self.erase(node)
 

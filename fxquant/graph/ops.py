@@ -65,6 +65,8 @@ class Op:
         build: makes the ``nn`` module of a functional call, for ops with parameters.
         absorb: arguments of spellings that canonical form leaves out, with the values that
             may be left out; another value makes the call opaque.
+        module_constants: module class to arguments that it fixes without an attribute.
+        tidy: writes arguments that mean the same in one way.
     """
 
     name: str
@@ -80,6 +82,11 @@ class Op:
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     absorb: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     module_constants: Mapping[type[nn.Module], Mapping[str, Any]] = field(default_factory=dict)
+    tidy: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def tidied(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """``arguments`` in the one way to say them: ``stride=None`` of a pool is its kernel."""
+        return arguments if self.tidy is None else self.tidy(arguments)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -121,13 +128,17 @@ _RENAMED: Final = {
     "keepdims": "keepdim",
     "axis0": "dim0",
     "axis1": "dim1",
+    "tensor": "input",  # torch.split
+    "split_size": "split_size_or_sections",  # Tensor.split
+    "train": "training",  # torch.dropout
+    "size": "shape",  # Tensor.view
 }
 _SWITCHES: Final = {"inplace": (True, False)}
 
 
-def bind(op: Op, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> (
-    Call | Unreadable
-):
+def bind(
+    op: Op, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call | Unreadable:
     """Read one call of ``spelling`` into canonical arguments.
 
     Args:
@@ -141,6 +152,8 @@ def bind(op: Op, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str,
     """
     names = spelling.signature.parameters
     renamed = {_RENAMED.get(k, k) if k not in names else k: v for k, v in kwargs.items()}
+    for name in [n for n, p in names.items() if p.kind is p.VAR_POSITIONAL and n in renamed]:
+        args = (*args, renamed.pop(name))  # permute(dims=(0, 2, 1)) is permute((0, 2, 1))
     try:
         bound = spelling.signature.bind(*args, **renamed)
     except TypeError as error:
@@ -155,7 +168,8 @@ def bind(op: Op, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str,
             return Unreadable(f"{op.name} has no canonical form with {name}={value!r}")
     for name, parameter in op.signature.parameters.items():
         values.setdefault(name, parameter.default)
-    return Call(op, {name: values[name] for name in op.signature.parameters}, inplace)
+    given = op.tidied({name: values[name] for name in op.signature.parameters})
+    return Call(op, given, inplace)
 
 
 def _unwrap(parameter: inspect.Parameter, value: Any) -> Any:
@@ -175,4 +189,4 @@ def module_arguments(op: Op, module: nn.Module, args: tuple[Any, ...]) -> dict[s
     for name in op.options:
         default = op.signature.parameters[name].default
         values[name] = constants.get(name, getattr(module, name, default))
-    return values
+    return op.tidied(values)

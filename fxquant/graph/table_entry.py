@@ -38,6 +38,7 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None,
     absorb: Mapping[str, tuple[Any, ...]] | None = None,
     module_constants: Mapping[type[nn.Module], Mapping[str, Any]] | None = None,
+    tidy: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Op:
     """One record; the canonical target is always one of its own spellings."""
     all_functions = dict(functions or {})
@@ -57,4 +58,5 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
         build=build,
         absorb=dict(absorb or {}),
         module_constants=dict(module_constants or {}),
+        tidy=tidy,
     )

@@ -184,23 +184,16 @@ _COPIES: Final = (
         Kind.ARITH,
         F.interpolate,
         sig(
-            lambda input,
-            size=None,
-            scale_factor=None,
-            mode="nearest",
-            align_corners=None,
-            recompute_scale_factor=None: None
+            lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None: (
+                None
+            )
         ),
         absorb={"antialias": (False,)},
         functions=spellings(
             (F.interpolate,),
-            lambda input,
-            size=None,
-            scale_factor=None,
-            mode="nearest",
-            align_corners=None,
-            recompute_scale_factor=None,
-            antialias=False: None,
+            lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False: (
+                None
+            ),
         ),
         modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     ),
@@ -215,9 +208,7 @@ _JOINS: Final = (
         tensors=("tensors",),
         functions=spellings((torch.concat, torch.concatenate), lambda tensors, dim=0: None),
     ),
-    entry(
-        "stack", Kind.JOIN, torch.stack, sig(lambda tensors, dim=0: None), tensors=("tensors",)
-    ),
+    entry("stack", Kind.JOIN, torch.stack, sig(lambda tensors, dim=0: None), tensors=("tensors",)),
 )
 
 _SPLITS: Final = (
@@ -235,9 +226,6 @@ _SPLITS: Final = (
         torch.split,
         sig(lambda input, split_size_or_sections, dim=0: None),
         alias=True,
-        functions=spellings(
-            (torch.split,), lambda tensor, split_size_or_sections, dim=0: None
-        ),
         methods=spellings(("split",), lambda input, split_size_or_sections, dim=0: None),
     ),
     entry(
@@ -277,30 +265,39 @@ _QUESTIONS: Final = (
 )
 
 
+def _one_way(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``kernel_size=(2, 2), stride=None`` is ``kernel_size=2, stride=2``."""
+    found = {name: _one_number(value) for name, value in arguments.items()}
+    if found.get("stride", 0) in (None, ()):
+        found["stride"] = found["kernel_size"]
+    return found
+
+
+def _one_number(value: Any) -> Any:
+    if isinstance(value, tuple | list) and value and all(type(side) is int for side in value):
+        return value[0] if len(set(value)) == 1 else tuple(value)
+    return value
+
+
 def _max_pool(rank: int, target: Function, direct: Function, module: type[nn.Module]) -> Op:
     return entry(
         f"max_pool{rank}d",
         Kind.MOVE,
         target,
-        sig(
-            lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False: None
-        ),
+        sig(lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False: None),
         absorb={"return_indices": (False,)},
         functions=spellings(
             (target,),
-            lambda input,
-            kernel_size,
-            stride=None,
-            padding=0,
-            dilation=1,
-            ceil_mode=False,
-            return_indices=False: None,
+            lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False: (
+                None
+            ),
         )
         | spellings(
             (direct,),
             lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False: None,
         ),
         modules=(module,),
+        tidy=_one_way,
     )
 
 
@@ -313,6 +310,7 @@ def _adaptive(kind: Kind, name: str, target: Function, direct: Function, module:
             sig(lambda input, output_size: None),
             functions=spellings((direct,), lambda input, output_size: None),
             modules=(module,),
+            tidy=_one_way,
         )
     return entry(
         name,
@@ -322,6 +320,7 @@ def _adaptive(kind: Kind, name: str, target: Function, direct: Function, module:
         absorb={"return_indices": (False,)},
         functions=spellings((target,), lambda input, output_size, return_indices=False: None),
         modules=(module,),
+        tidy=_one_way,
     )
 
 
@@ -334,14 +333,12 @@ _POOLS: Final = (
         Kind.ARITH,
         F.avg_pool1d,
         sig(
-            lambda input,
-            kernel_size,
-            stride=None,
-            padding=0,
-            ceil_mode=False,
-            count_include_pad=True: None
+            lambda input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True: (
+                None
+            )
         ),
         modules=(nn.AvgPool1d,),
+        tidy=_one_way,
     ),
     *(
         entry(
@@ -349,17 +346,17 @@ _POOLS: Final = (
             Kind.ARITH,
             target,
             sig(
-                lambda input,
-                kernel_size,
-                stride=None,
-                padding=0,
-                ceil_mode=False,
-                count_include_pad=True,
-                divisor_override=None: None
+                lambda input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None: (
+                    None
+                )
             ),
             modules=(module,),
+            tidy=_one_way,
         )
-        for rank, target, module in ((2, F.avg_pool2d, nn.AvgPool2d), (3, F.avg_pool3d, nn.AvgPool3d))
+        for rank, target, module in (
+            (2, F.avg_pool2d, nn.AvgPool2d),
+            (3, F.avg_pool3d, nn.AvgPool3d),
+        )
     ),
     *(
         _adaptive(Kind.ARITH, f"adaptive_avg_pool{rank}d", target, direct, module)

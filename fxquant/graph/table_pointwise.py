@@ -70,9 +70,7 @@ _ACTIVATIONS: Final = (
         Kind.UNARY,
         F.leaky_relu,
         sig(lambda input, negative_slope=0.01: None),
-        functions=spellings(
-            (F.leaky_relu,), lambda input, negative_slope=0.01, inplace=False: None
-        )
+        functions=spellings((F.leaky_relu,), lambda input, negative_slope=0.01, inplace=False: None)
         | spellings((F.leaky_relu_,), lambda input, negative_slope=0.01: None, inplace=True),
         modules=(nn.LeakyReLU,),
     ),
@@ -98,7 +96,7 @@ _ACTIVATIONS: Final = (
         "gelu",
         Kind.UNARY,
         F.gelu,
-        sig(lambda input, approximate="none": None),
+        sig(lambda input, *, approximate="none": None),
         modules=(nn.GELU,),
     ),
     entry(
@@ -114,7 +112,7 @@ _ACTIVATIONS: Final = (
         F.threshold,
         sig(lambda input, threshold, value: None),
         functions=spellings((F.threshold,), lambda input, threshold, value, inplace=False: None)
-        | spellings((F.threshold_,), lambda input, threshold, value: None, inplace=True),
+        | spellings((torch.threshold_,), lambda input, threshold, value: None, inplace=True),
         modules=(nn.Threshold,),
     ),
     entry(
@@ -137,7 +135,9 @@ _ACTIVATIONS: Final = (
         torch.clamp,
         sig(lambda input, min=None, max=None: None),
         functions=spellings((torch.clamp, torch.clip), lambda input, min=None, max=None: None)
-        | spellings((torch.clamp_, torch.clip_), lambda input, min=None, max=None: None, inplace=True),
+        | spellings(
+            (torch.clamp_, torch.clip_), lambda input, min=None, max=None: None, inplace=True
+        ),
         methods=spellings(("clamp", "clip"), lambda input, min=None, max=None: None)
         | spellings(("clamp_", "clip_"), lambda input, min=None, max=None: None, inplace=True)
         | spellings(("clamp_min",), lambda input, min: None)
@@ -180,25 +180,25 @@ _BINARY: Final = (
         "add",
         Kind.ARITH,
         torch.add,
-        sig(lambda input, other, alpha=1: None),
+        sig(lambda input, other, *, alpha=1: None),
         tensors=_PAIR,
         commutes=True,
         functions=spellings((operator.add,), lambda input, other: None)
         | spellings((operator.iadd,), lambda input, other: None, inplace=True),
-        methods=spellings(("add",), lambda input, other, alpha=1: None)
-        | spellings(("add_",), lambda input, other, alpha=1: None, inplace=True),
+        methods=spellings(("add",), lambda input, other, *, alpha=1: None)
+        | spellings(("add_",), lambda input, other, *, alpha=1: None, inplace=True),
     ),
     entry(
         "sub",
         Kind.ARITH,
         torch.sub,
-        sig(lambda input, other, alpha=1: None),
+        sig(lambda input, other, *, alpha=1: None),
         tensors=_PAIR,
-        functions=spellings((torch.subtract,), lambda input, other, alpha=1: None)
+        functions=spellings((torch.subtract,), lambda input, other, *, alpha=1: None)
         | spellings((operator.sub,), lambda input, other: None)
         | spellings((operator.isub,), lambda input, other: None, inplace=True),
-        methods=spellings(("sub", "subtract"), lambda input, other, alpha=1: None)
-        | spellings(("sub_", "subtract_"), lambda input, other, alpha=1: None, inplace=True),
+        methods=spellings(("sub", "subtract"), lambda input, other, *, alpha=1: None)
+        | spellings(("sub_", "subtract_"), lambda input, other, *, alpha=1: None, inplace=True),
     ),
     entry(
         "mul",
@@ -249,7 +249,7 @@ _FLOAT: Final = (
         sig(lambda input, dim: None),
         absorb={"_stacklevel": (3,), "dtype": (None,)},
         functions=spellings((torch.softmax,), lambda input, dim, dtype=None: None)
-        | spellings((F.softmax,), lambda input, dim=None, _stacklevel=3, dtype=None: None),
+        | spellings((F.softmax,), lambda input, dim, _stacklevel=3, dtype=None: None),
         methods=spellings(("softmax",), lambda input, dim, dtype=None: None),
         modules=(nn.Softmax,),
     ),
@@ -262,7 +262,7 @@ _FLOAT: Final = (
             (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
             lambda input, p=0.5, training=True, inplace=False: None,
         )
-        | spellings((torch.dropout,), lambda input, p, train: None),
+        | spellings((torch.dropout,), lambda input, p, training: None),
         modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     ),
 )

@@ -36,7 +36,9 @@ def _adopt(module: nn.Module, given: Mapping[str, Any], names: tuple[str, ...]) 
     return module
 
 
-def _build_conv(cls: Callable[..., nn.Module], rank: int) -> Callable[[Mapping[str, Any]], nn.Module]:
+def _build_conv(
+    cls: Callable[..., nn.Module], rank: int
+) -> Callable[[Mapping[str, Any]], nn.Module]:
     def build(given: Mapping[str, Any]) -> nn.Module:
         weight, groups = given["weight"], given["groups"]
         padding = given["padding"]
@@ -124,7 +126,7 @@ def _build_embedding(given: Mapping[str, Any]) -> nn.Module:
 
 
 def _conv(rank: int, functions: tuple[Function, ...], module: type[nn.Module]) -> Op:
-    like = lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None  # noqa: E731
+    like = lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
     return entry(
         f"conv{rank}d",
         Kind.CONTRACT,
@@ -138,7 +140,11 @@ def _conv(rank: int, functions: tuple[Function, ...], module: type[nn.Module]) -
 
 
 def _conv_transpose(rank: int, functions: tuple[Function, ...], module: type[nn.Module]) -> Op:
-    like = lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1: None  # noqa: E501, E731
+    like = (
+        lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1: (
+            None
+        )
+    )
     return entry(
         f"conv_transpose{rank}d",
         Kind.CONTRACT,
@@ -151,8 +157,10 @@ def _conv_transpose(rank: int, functions: tuple[Function, ...], module: type[nn.
     )
 
 
-_linear = lambda input, weight, bias=None: None  # noqa: E731
-_batch_norm = lambda input, running_mean, running_var, weight=None, bias=None, momentum=0.1, eps=1e-5: None  # noqa: E501, E731
+_linear = lambda input, weight, bias=None: None
+_batch_norm = (
+    lambda input, running_mean, running_var, weight=None, bias=None, momentum=0.1, eps=1e-5: None
+)
 
 WEIGHTED: Final = (
     _conv(1, (F.conv1d,), nn.Conv1d),
@@ -180,14 +188,9 @@ WEIGHTED: Final = (
         absorb={"training": (False,)},
         functions=spellings(
             (F.batch_norm,),
-            lambda input,
-            running_mean,
-            running_var,
-            weight=None,
-            bias=None,
-            training=False,
-            momentum=0.1,
-            eps=1e-5: None,
+            lambda input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5: (
+                None
+            ),
         ),
         modules=(
             nn.BatchNorm1d,
@@ -228,16 +231,17 @@ WEIGHTED: Final = (
         None,
         sig(lambda input, weight, padding_idx=None: None),
         tensors=("input", "weight"),
-        absorb={"max_norm": (None,), "norm_type": (2.0,), "scale_grad_by_freq": (False,), "sparse": (False,)},
+        absorb={
+            "max_norm": (None,),
+            "norm_type": (2.0,),
+            "scale_grad_by_freq": (False,),
+            "sparse": (False,),
+        },
         functions=spellings(
             (F.embedding,),
-            lambda input,
-            weight,
-            padding_idx=None,
-            max_norm=None,
-            norm_type=2.0,
-            scale_grad_by_freq=False,
-            sparse=False: None,
+            lambda input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False: (
+                None
+            ),
         ),
         modules=(nn.Embedding,),
         build=_build_embedding,

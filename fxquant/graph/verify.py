@@ -137,7 +137,7 @@ def _wrong_edge(node: Node) -> str | None:
         return f"it returns codes of %{coded[0].name}" if coded else None
     if is_op(node, DEQUANTIZE, DEQUANTIZE_WEIGHT):
         return None
-    sources = [n for n in flat_nodes((node.args, tuple(node.kwargs.values())))]
+    sources = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
     if record.reads is None:
         coded = [n for n in sources if info(n).writes is not None]
         return f"it reads the codes of %{coded[0].name} as numbers" if coded else None

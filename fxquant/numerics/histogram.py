@@ -62,6 +62,7 @@ class HistogramObserver(Observer):
 
     def __init__(self, spec: QSpec, path: str, axis: int | None = None) -> None:
         super().__init__(spec, path, axis)
+        self._chosen: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
         if self.axis is not None:
             raise ConfigError(
                 f"{path}: the histogram observer has one scale per tensor; for one per channel "
@@ -101,6 +102,13 @@ class HistogramObserver(Observer):
         self.grid.copy_(torch.tensor([exponent, first]))
 
     def _chosen_range(self) -> tuple[Tensor, Tensor]:
+        # The search costs milliseconds, and reports ask again for what conversion has found.
+        key = tuple(self.tally.tolist())
+        if self._chosen is None or self._chosen[0] != key:
+            self._chosen = (key, self._search())
+        return self._chosen[1]
+
+    def _search(self) -> tuple[Tensor, Tensor]:
         low, high = min(float(self.low), 0.0), max(float(self.high), 0.0)
         counts, edges = self.histogram()
         # Bin 0 holds the zeros: whatever the range, they cost nothing.

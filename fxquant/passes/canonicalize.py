@@ -79,7 +79,11 @@ class Canonicalize(Pass):
         if getattr(module, "return_indices", False):
             editor.note_values(node, opaque="it returns indices", value="unknown")
             return
-        _respell(editor, node, Call(op, module_arguments(op, module, args), inplace=False))
+        call = _settle(Call(op, module_arguments(op, module, args), inplace=False))
+        if isinstance(call, Unreadable):
+            editor.note_values(node, opaque=call.reason, value="unknown")
+            return
+        _respell(editor, node, call)
 
     def _call(self, editor: Editor, node: Node) -> None:
         if _is_number(node):
@@ -159,6 +163,8 @@ def _settle(call: Call) -> Call | Unreadable:
         return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
     if not _is_tensor(first):
         return Unreadable(f"{op.name} of the constant {first!r}")
+    if op.name == "softmax" and given["dim"] is None:
+        return Unreadable("softmax without dim: PyTorch guesses it from the rank in every call")
     for name, value in given.items():
         if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Node):
             if info(value[0]).value == "sizes":
@@ -192,7 +198,7 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
         _forward(editor, node)
         return
     kind = _value_kind(op, given)
-    if op.name == "size" and given["dim"] is None:
+    if op.name in _DIM_OR_NOT and given["dim"] is None:
         given = {"input": given["input"]}
     tensors = tuple(given[name] for name in op.tensors)
     options = {name: given[name] for name in op.options if name in given}
@@ -206,6 +212,9 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
             editor.set_call(node, op.target, args, kwargs)
     editor.note_values(node, value=kind)
 
+
+_DIM_OR_NOT: Final = ("size", "squeeze")
+"""Ops whose ``dim`` may be left out but not given as ``None``."""
 
 _POSITIONAL: Final = (
     operator.getitem,

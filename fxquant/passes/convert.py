@@ -174,9 +174,18 @@ class _Boundary:
             users = list(value.users)
             real = self._pair(value, qtype)
             for user in users:
-                if user in readers or makes_codes:
+                if _asks_shape(user):
+                    self._ask_codes(user, value, real)
+                elif user in readers or makes_codes:
                     self._editor.replace_use(user, value, real)
             self._join(real, qtype)
+
+    def _ask_codes(self, user: Node, value: Node, real: Node) -> None:
+        """Codes have the shape of what they stand for; nothing need be made float to ask."""
+        codes = real.args[0]
+        if isinstance(codes, Node):
+            self._editor.replace_use(user, value, codes)
+            self._editor.annotate(user, reads=(info(codes).writes,))
 
     def _join(self, real: Node, qtype: QType) -> None:
         """A join that does not share this scale reads its own, requantized."""
@@ -203,6 +212,11 @@ class _Boundary:
         editor.note_values(codes, writes=qtype, unit=None, decision=None, value="tensor")
         editor.note_values(real, unit=None, decision=None, value="tensor")
         return real
+
+
+def _asks_shape(user: Node) -> bool:
+    op = op_of(user)
+    return op is not None and op.kind is Kind.SHAPE
 
 
 def is_inside(value: Node) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.ranks import record_ranks
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.patterns.builtin import FUSION_RULES
@@ -18,15 +19,18 @@ class Fuse(Pass):
 
     Args:
         rules: the rules to apply, the user's among them.
+        ranks: name and number of dimensions of the inputs that are known.
     """
 
     name: ClassVar[str] = "fuse"
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.FUSED
     rules: tuple[Rule, ...] = FUSION_RULES
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def run(self, editor: Editor) -> None:
         """Run the rule set to its fixpoint; near misses go to the editor's log of misses."""
+        record_ranks(editor.graph, dict(self.ranks))
         report = RuleSet(self.rules).apply(editor)
         for (rule, node), reject in report.near.items():
             editor.miss(rule, node, reject.reason)

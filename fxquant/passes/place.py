@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-import networkx as nx
 from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
@@ -24,7 +23,13 @@ from fxquant.graph.op_table import op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import Unit, what
+from fxquant.lazy import lazy_module
 from fxquant.passes.base import Pass
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = lazy_module("networkx")
 
 _CODES: Final = "codes"
 _FLOAT: Final = "float"

@@ -2,7 +2,7 @@
 
     bn(w * x + b) = (w * s) * x + (b - mean) * s + beta,      s = gamma / sqrt(var + eps)
 
-One ``s`` per output channel, computed in float64. The folded layer is a module of its own call:
+One ``s`` per output channel, computed in float64, then rounded to the weight's type. The folded layer is a module of its own call:
 another call of the same layer, with or without a batch norm, keeps the original weight.
 (Jacob et al. 2018, arXiv:1712.05877, section 3.2.)
 """
@@ -61,14 +61,14 @@ def channels_agree(match: Match) -> Reject | None:
 
 def normalizes_features(match: Match) -> Reject | None:
     """After a linear the channels are the last dimension only if the input has two."""
-    shape = info(match.node("layer")).shape
-    if shape is None:
+    rank = info(match.node("layer")).rank
+    if rank is None:
         return Reject(
             "the rank of the linear's input is not known: give example_inputs", match.node("layer")
         )
-    if len(shape) != 2:
+    if rank != 2:
         return Reject(
-            f"the linear's output has {len(shape)} dimensions, so the batch norm normalizes "
+            f"the linear's output has {rank} dimensions, so the batch norm normalizes "
             "dimension 1, not the features",
             match.node("layer"),
         )
@@ -115,7 +115,7 @@ def folded(layer: nn.Module, bn: nn.Module) -> nn.Module:
         scale, shift = affine_of(bn)
         weight = layer.get_parameter("weight")
         bias = layer._parameters.get("bias")
-        new_weight = weight.double() * _channel_view(scale, weight, layer)
+        new_weight = weight * _channel_view(scale, weight, layer).to(weight.dtype)
         new_bias = shift if bias is None else shift + bias.double() * scale
         twin = share_parameters(layer)
         grad = weight.requires_grad
@@ -129,10 +129,9 @@ def fold(match: Match, editor: Editor) -> None:
     layer, bn = match.node("layer"), match.node("bn")
     path = str(layer.target)
     editor.set_module(path, folded(module_of(layer), module_of(bn)))
-    record = info(bn)
     editor.replace(bn, layer)
     rules = (*info(layer).rules, f"fold-{_kind(layer.target, match)}-bn")
-    editor.annotate(layer, rules=rules, shape=record.shape or info(layer).shape)
+    editor.annotate(layer, rules=rules)
 
 
 def _kind(_: object, match: Match) -> str:

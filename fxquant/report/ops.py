@@ -117,28 +117,31 @@ def coverage(ops: tuple[OpRecord, ...]) -> float:
     return sum(op.int8 for op in ops) / len(ops) if ops else 0.0
 
 
-def with_kernels(ops: tuple[OpRecord, ...], graph: Graph) -> tuple[OpRecord, ...]:
+def with_kernels(ops: tuple[OpRecord, ...], graph: Graph, backend: str) -> tuple[OpRecord, ...]:
     """The records with what finally runs each op.
 
     Args:
         ops: what :func:`read_ops` gave.
         graph: the lowered graph.
+        backend: the backend it was lowered to; an op it has no kernel for computes in float.
     """
     kernels: dict[str, str] = {}
     for node in graph.nodes:
         record = info(node)
-        if record.reads is None:
+        if record.reads is None or record.value == "scalar":
             continue
         for origin in record.origins:
             kernels.setdefault(origin, _kernel(node))
-    return tuple(
-        dataclasses.replace(op, kernel=_first(kernels, op)) if op.int8 else op for op in ops
-    )
+    return tuple(_with_kernel(op, kernels, backend) if op.int8 else op for op in ops)
+
+
+def _with_kernel(op: OpRecord, kernels: dict[str, str], backend: str) -> OpRecord:
+    found = next((kernels[name] for name in op.origins if name in kernels), None)
+    if found is not None or backend == "reference":
+        return dataclasses.replace(op, kernel=found or "reference")
+    why = f"{backend} has no kernel for it: codes are dequantized, computed on and quantized again"
+    return dataclasses.replace(op, int8=False, why=why, by=f"backend {backend}", kernel="float")
 
 
 def _kernel(node: Node) -> str:
     return type(module_of(node)).__name__ if node.op == "call_module" else f"{what(node)} on codes"
-
-
-def _first(kernels: dict[str, str], op: OpRecord) -> str:
-    return next((kernels[name] for name in op.origins if name in kernels), op.kernel)

@@ -63,9 +63,7 @@ def compare_speed(
             observer.enabled = True
 
 
-def _compare(
-    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
-) -> Timing:
+def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]) -> Timing:
     first = _seconds(lambda: prepared(*inputs))
     _seconds(lambda: converted(*inputs))
     rounds = 1 if first > _LONG else _ROUNDS
@@ -114,5 +112,6 @@ def _slowest(
         (*codes.labels[key], spent * 1e6, real.spent.get(key, 0.0) * 1e6)
         for key, spent in codes.spent.items()
     ]
-    rows.sort(key=lambda row: row[3] - row[2])
-    return tuple(rows[:3])
+    losers = [row for row in rows if row[2] > row[3] and row[1] not in ("output", "placeholder")]
+    losers.sort(key=lambda row: row[3] - row[2])
+    return tuple(losers[:3])

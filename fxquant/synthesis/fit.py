@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError
+from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
 from fxquant.synthesis.shapes import input_shape
 from fxquant.synthesis.statistics import Reached, Site, measuring, trained_sites
 
@@ -99,13 +98,12 @@ def synthesize(
         shape = input_shape(twin, example_inputs, probe)
         count = samples or min(max(_VALUES // math.prod(shape), 4), 32)
         fit = _fit(twin, sites, _noise((count, *shape), seed, probe), steps)
-    warnings.warn(REAL_DATA_IS_BETTER, CalibrationWarning, stacklevel=2)
+    warn_user(REAL_DATA_IS_BETTER, CalibrationWarning)
     if fit.mismatch > _LARGE:
-        warnings.warn(
+        warn_user(
             f"the made-up inputs miss the BatchNorm statistics by {fit.mismatch:.2f} standard "
             f"deviations after {fit.steps} steps, so ranges may be far off",
             CalibrationWarning,
-            stacklevel=2,
         )
     return list(fit.inputs.to(_dtype(model)).split(_BATCH))
 
