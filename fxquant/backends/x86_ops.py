@@ -166,7 +166,7 @@ class MaxPool2dCodes(nn.Module):
         super().__init__()
         self.options = options
         kernel = _pair(options["kernel_size"])
-        stride = _pair(options["stride"] if options["stride"] is not None else kernel)
+        stride = _pair(options["stride"] or kernel)
         self._rows = (kernel[0], stride[0], _pair(options["dilation"])[0])
         self._columns = (kernel[1], stride[1], _pair(options["dilation"])[1])
         ph, pw = _pair(options["padding"])
