@@ -1,0 +1,373 @@
+"""Ops on plain codes against float64: sums, products, affine, pools, tables, averages."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant.backends.x86_ops import (
+    AverageCodes,
+    MaxPool2dCodes,
+    NormCodes,
+    PairCodes,
+    TableCodes,
+    ThroughFloat,
+)
+from fxquant.graph.info import QType
+from fxquant.numerics.lut import make_table
+from tests.backends.oracles import (
+    assert_layout_is_no_matter,
+    assert_within,
+    fitting,
+    int8,
+    qparams,
+    real,
+    some_codes,
+    uint8,
+)
+
+# Vectorised loops take 32 or 64 codes at a time and leave a tail; both parts must be right.
+SIZES = ((1,), (63,), (64,), (131,), (3, 7, 11), (2, 3, 9, 9))
+
+PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+}
+
+
+def pair_of(
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    types: tuple[QType, QType],
+    *,
+    zero: int = 99,
+    relu: bool = False,
+) -> tuple[PairCodes, Tensor, QType]:
+    """The op, its float64 result and the type it is written in."""
+    exact = PAIRS[name](real(a, types[0]), real(b, types[1]))
+    exact = exact.relu() if relu else exact
+    writes = fitting(exact, zero)
+    return PairCodes(name, relu, *types, writes), exact, writes
+
+
+@pytest.mark.parametrize("relu", (False, True), ids=("plain", "relu"))
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_match_float64(name: str, shape: tuple[int, ...], relu: bool) -> None:
+    types = (uint8(0.05, 100), uint8(0.031, 140))
+    a, b = some_codes(*shape), some_codes(*shape, seed=1)
+    op, exact, writes = pair_of(name, a, b, types, zero=40, relu=relu)
+    assert_within(op(a, b), exact, writes)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_of_codes(name: str) -> None:
+    """All 65,536 of them, so also those from 128 up, which torch's own qadd reads as negative."""
+    every = torch.arange(256).to(torch.uint8)
+    a, b = every.repeat_interleave(256), every.repeat(256)
+    for zeros in ((0, 0), (128, 3), (255, 255)):
+        types = (uint8(0.05, zeros[0]), uint8(0.031, zeros[1]))
+        op, exact, writes = pair_of(name, a, b, types)
+        assert_within(op(a, b), exact, writes)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("zeros", list(itertools.product((0, 255), repeat=3)), ids=str)
+def test_pairs_with_extreme_zero_points(name: str, zeros: tuple[int, int, int]) -> None:
+    types = (uint8(0.05, zeros[0]), uint8(0.031, zeros[1]))
+    a, b = some_codes(131), some_codes(131, seed=1)
+    exact = PAIRS[name](real(a, types[0]), real(b, types[1]))
+    # The sign the result has is fixed by the zero points; the other end of the codes is unused.
+    zero = zeros[2] if bool((exact > 0).any()) == (zeros[2] == 0) else 128
+    op, exact, writes = pair_of(name, a, b, types, zero=zero)
+    assert_within(op(a, b), exact, writes)
+
+
+def test_pairs_write_and_read_int8() -> None:
+    types = (int8(0.05, 3), int8(0.031, -20))
+    a, b = some_codes(131, qtype=types[0]), some_codes(131, qtype=types[1], seed=1)
+    for name in PAIRS:
+        exact = PAIRS[name](real(a, types[0]), real(b, types[1]))
+        writes = fitting(exact, -7, int8())
+        assert_within(PairCodes(name, False, *types, writes)(a, b), exact, writes)
+
+
+@pytest.mark.parametrize("alpha", (0.5, -2.0, 3.0))
+@pytest.mark.parametrize("name", ("add", "sub"))
+def test_alpha(name: str, alpha: float) -> None:
+    types = (uint8(0.05, 100), uint8(0.031, 140))
+    a, b = some_codes(131), some_codes(131, seed=1)
+    exact = real(a, types[0]) + (alpha if name == "add" else -alpha) * real(b, types[1])
+    writes = fitting(exact, 99)
+    assert_within(PairCodes(name, False, *types, writes, alpha)(a, b), exact, writes)
+
+
+SHAPES = (
+    ((2, 3, 5, 5), (2, 3, 1, 1)),
+    ((2, 3, 1, 1), (2, 3, 5, 5)),
+    ((2, 3, 5, 5), (5,)),
+    ((1,), (2, 3, 5, 5)),
+    ((2, 3, 1, 5), (2, 1, 5, 1)),
+    ((4, 1), (1, 17)),
+)
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_broadcast(name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    types = (uint8(0.05, 100), uint8(0.031, 140))
+    a, b = some_codes(*shapes[0]), some_codes(*shapes[1], seed=1)
+    op, exact, writes = pair_of(name, a, b, types)
+    kept = a.clone(), b.clone()
+    assert_within(op(a, b), exact, writes)
+    assert torch.equal(a, kept[0]) and torch.equal(b, kept[1])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_one_value(name: str) -> None:
+    a = some_codes(131)
+    types = (uint8(0.05, 100), uint8(0.05, 100))
+    op, exact, writes = pair_of(name, a, a.clone(), types)
+    assert_within(op(a, a), exact, writes)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_layouts_and_empty(name: str) -> None:
+    types = (uint8(0.05, 100), uint8(0.031, 140))
+    a, b = some_codes(3, 4, 6, 7), some_codes(1, 4, 6, 7, seed=1)
+    op, _, _ = pair_of(name, a, b, types)
+    assert_layout_is_no_matter(lambda x: op(x, b), a)
+    assert_layout_is_no_matter(lambda x: op(b, x), a)
+    assert op(a[:0], b).shape == (0, 4, 6, 7)
+
+
+# Batch norm
+
+
+@pytest.mark.parametrize("relu", (False, True), ids=("plain", "relu"))
+@pytest.mark.parametrize("zeros", [(0, 128), (128, 0), (255, 77), (113, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 3, 5), (1, 3, 1, 1), (2, 64, 4, 4), (3, 1, 7, 9)])
+def test_norm_matches_float64(shape: tuple[int, ...], zeros: tuple[int, int], relu: bool) -> None:
+    scale, shift = torch.randn(shape[1]), torch.randn(shape[1])
+    scale[0] = -1.5  # trained networks have some
+    reads, codes = uint8(0.04, zeros[0]), some_codes(*shape)
+    exact = real(codes, reads) * scale.double().view(1, -1, 1, 1) + shift.double().view(1, -1, 1, 1)
+    exact = exact.relu() if relu else exact
+    writes = fitting(exact, zeros[1])
+    op = NormCodes(scale, shift, reads, writes, relu)
+    assert_within(op(codes), exact, writes)
+
+
+def test_norm_layouts_and_empty() -> None:
+    codes, reads = some_codes(3, 6, 5, 7), uint8(0.04, 100)
+    op = NormCodes(torch.randn(6), torch.randn(6), reads, uint8(0.05, 90), False)
+    assert_layout_is_no_matter(op, codes)
+    assert op(codes[:0]).shape == (0, 6, 5, 7)
+
+
+def test_norm_state_is_scale_and_shift() -> None:
+    op = NormCodes(torch.randn(6), torch.randn(6), uint8(), uint8(), False)
+    assert set(op.state_dict()) == {"scale", "shift"}
+
+
+# Tables
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "silu": F.silu,
+    "halves": lambda x: x / 2,
+}
+
+
+@pytest.mark.parametrize("dtype", (uint8, int8), ids=("uint8", "int8"))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tables_hold_every_code(name: str, dtype: Callable[..., QType]) -> None:
+    reads = dtype(0.03, 100)
+    codes = torch.arange(reads.quant_min, reads.quant_max + 1).to(reads.dtype)
+    exact = FUNCTIONS[name](real(codes, reads))
+    writes = fitting(exact, 7)
+    op = TableCodes(make_table(FUNCTIONS[name], qparams(reads), qparams(writes)), name, writes)
+    assert_within(op(codes), exact, writes)
+
+
+@pytest.mark.parametrize("shape", [*SIZES, (0, 5), ()], ids=str)
+def test_tables_of_any_shape(shape: tuple[int, ...]) -> None:
+    codes = some_codes(*shape)
+    table = torch.arange(255, -1, -1).to(torch.uint8)
+    op = TableCodes(table, "mirror", uint8())
+    assert torch.equal(op(codes), 255 - codes)
+    assert op(codes).dtype == torch.uint8
+
+
+def test_tables_layouts() -> None:
+    op = TableCodes(torch.arange(255, -1, -1).to(torch.uint8), "mirror", uint8())
+    assert_layout_is_no_matter(op, some_codes(3, 4, 5, 6))
+
+
+# Max pools
+
+
+def pool_options(**changes: Any) -> dict[str, Any]:
+    base = {"kernel_size": 2, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    return base | changes
+
+
+POOLS: tuple[dict[str, Any], ...] = (
+    {},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 1, "padding": 1},
+    {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0)},
+    {"kernel_size": 3, "dilation": 2, "padding": 1},
+    {"kernel_size": (2, 3), "dilation": (3, 2)},
+    {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 5, "stride": 1, "padding": 2},
+    {"kernel_size": [3, 3], "stride": [2, 2]},
+    {"kernel_size": (3,), "stride": (2,)},
+    {"kernel_size": 2, "stride": []},
+)
+
+
+@pytest.mark.parametrize("dtype", (uint8, int8), ids=("uint8", "int8"))
+@pytest.mark.parametrize("options", POOLS, ids=str)
+def test_max_pool_is_exact(options: dict[str, Any], dtype: Callable[..., QType]) -> None:
+    full = pool_options(**options)
+    op = MaxPool2dCodes(full)
+    for shape in ((2, 3, 9, 11), (1, 65, 17, 16), (3, 18, 20)):
+        codes = some_codes(*shape, qtype=dtype())
+        wanted = F.max_pool2d(codes.double(), **full)
+        assert torch.equal(op(codes).double(), wanted)
+        assert op(codes).dtype == codes.dtype
+
+
+def test_max_pool_of_only_the_smallest_code() -> None:
+    """Padding must not win over any code."""
+    for dtype, lowest in ((torch.uint8, 0), (torch.int8, -128)):
+        codes = torch.full((1, 1, 4, 4), lowest, dtype=dtype)
+        op = MaxPool2dCodes(pool_options(kernel_size=3, stride=1, padding=1))
+        assert torch.equal(op(codes), codes)
+
+
+def test_max_pool_layouts_and_empty() -> None:
+    op = MaxPool2dCodes(pool_options(kernel_size=3, stride=2, padding=1))
+    codes = some_codes(3, 4, 9, 9)
+    assert_layout_is_no_matter(op, codes)
+    assert op(codes[:0]).shape == (0, 4, 5, 5)
+
+
+THROUGH: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+    ("max_pool1d", pool_options(kernel_size=3, padding=1), (2, 5, 33)),
+    ("max_pool3d", pool_options(kernel_size=2, dilation=2), (2, 3, 6, 7, 8)),
+    ("max_pool3d", pool_options(kernel_size=3, stride=2, ceil_mode=True), (2, 3, 6, 7, 8)),
+    ("adaptive_max_pool1d", {"output_size": 4}, (2, 5, 33)),
+    ("adaptive_max_pool2d", {"output_size": (3, 2)}, (2, 5, 9, 11)),
+    ("adaptive_max_pool3d", {"output_size": 2}, (2, 3, 5, 6, 7)),
+)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), THROUGH)
+def test_selections_through_float_are_exact(
+    name: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    codes = some_codes(*shape)
+    wanted = getattr(F, name)(codes.double(), **options)
+    op = ThroughFloat(name, options)
+    assert torch.equal(op(codes).double(), wanted)
+    assert op(codes).dtype == codes.dtype
+    assert_layout_is_no_matter(op, codes)
+
+
+# Averages
+
+
+def avg_options(**changes: Any) -> dict[str, Any]:
+    base = {
+        "kernel_size": 2, "stride": None, "padding": 0, "ceil_mode": False,
+        "count_include_pad": True,
+    }  # fmt: skip
+    return base | changes
+
+
+AVERAGES: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+    ("avg_pool1d", avg_options(kernel_size=3), (2, 5, 67)),
+    ("avg_pool2d", avg_options(), (2, 5, 10, 11)),
+    ("avg_pool2d", avg_options(kernel_size=(3, 2), stride=1), (2, 5, 10, 11)),
+    ("avg_pool3d", avg_options(), (2, 3, 4, 6, 8)),
+    ("adaptive_avg_pool1d", {"output_size": 5}, (2, 5, 33)),
+    ("adaptive_avg_pool2d", {"output_size": 1}, (2, 70, 7, 7)),
+    ("adaptive_avg_pool2d", {"output_size": (3, 5)}, (2, 5, 9, 11)),
+    ("adaptive_avg_pool3d", {"output_size": 2}, (2, 3, 5, 6, 7)),
+    ("mean", {"dim": (2, 3), "keepdim": False}, (2, 70, 7, 7)),
+    ("mean", {"dim": [2, 3], "keepdim": True}, (2, 5, 56, 56)),
+    ("mean", {"dim": -1, "keepdim": False}, (2, 5, 9, 11)),
+    ("mean", {"dim": 1, "keepdim": False}, (2, 100, 9)),
+    ("mean", {"dim": None, "keepdim": False}, (2, 5, 9)),
+)
+
+
+@pytest.mark.parametrize("zeros", [(0, 0), (255, 255), (113, 90)], ids=str)
+@pytest.mark.parametrize(("name", "options", "shape"), AVERAGES)
+def test_averages_match_float64(
+    name: str, options: dict[str, Any], shape: tuple[int, ...], zeros: tuple[int, int]
+) -> None:
+    reads, codes = uint8(0.05, zeros[0]), some_codes(*shape)
+    average = torch.mean if name == "mean" else getattr(F, name)
+    exact = average(real(codes, reads), **options)
+    writes = fitting(exact, zeros[1])
+    op = AverageCodes(name, options, reads, writes)
+    assert_within(op(codes), exact, writes)
+
+
+def test_average_layouts_and_empty() -> None:
+    codes = some_codes(3, 4, 6, 8)
+    op = AverageCodes("avg_pool2d", avg_options(), uint8(), uint8(0.05, 3))
+    assert_layout_is_no_matter(op, codes)
+    assert op(codes[:0]).shape == (0, 4, 3, 4)
+
+
+def test_averages_of_very_many_codes_do_not_drift() -> None:
+    """A sum past 2**24 rounds in float32, yet the average must stay within the tolerance."""
+    codes = some_codes(1, 2, 512, 512)
+    reads = uint8(0.05, 0)
+    exact = real(codes, reads).mean((2, 3))
+    writes = uint8(0.05, 3)
+    options = {"dim": (2, 3), "keepdim": False}
+    assert_within(AverageCodes("mean", options, reads, writes)(codes), exact, writes)
+
+
+# All of them
+
+
+def every_op() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
+    image = some_codes(2, 6, 8, 8)
+    table = torch.arange(255, -1, -1).to(torch.uint8)
+    return {
+        "pair": (PairCodes("mul", True, uint8(), uint8(), uint8(0.1, 3)), (image, image)),
+        "norm": (NormCodes(torch.randn(6), torch.randn(6), uint8(), uint8(), True), (image,)),
+        "table": (TableCodes(table, "mirror", uint8()), (image,)),
+        "max pool": (MaxPool2dCodes(pool_options()), (image,)),
+        "selection": (ThroughFloat("adaptive_max_pool2d", {"output_size": 2}), (image,)),
+        "average": (AverageCodes("avg_pool2d", avg_options(), uint8(), uint8()), (image,)),
+    }
+
+
+@pytest.mark.parametrize("name", every_op())
+def test_copies_and_pickles_give_the_same_codes(name: str) -> None:
+    op, inputs = every_op()[name]
+    wanted = op(*inputs)
+    assert torch.equal(copy.deepcopy(op)(*inputs), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(op))(*inputs), wanted)
+    assert "uint8" in repr(op) or name in ("max pool", "selection")
