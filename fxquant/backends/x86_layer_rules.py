@@ -23,6 +23,7 @@ from fxquant.backends.x86_layers import (
     X86Linear,
     X86LinearSum,
 )
+from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose2d
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, op_of
@@ -34,7 +35,8 @@ from fxquant.patterns.norm import CONVS, LINEAR
 from fxquant.patterns.rule import Rule
 from fxquant.patterns.units import ACTIVATIONS
 
-LAYERS: Final = (*CONVS, *LINEAR)
+TRANSPOSED: Final = "conv_transpose2d"
+LAYERS: Final = (*CONVS, *LINEAR, TRANSPOSED)
 
 
 def _layer() -> OpExpr:
@@ -66,6 +68,7 @@ _TAKES: Final = {
     "conv1d": ("relu",),
     "conv2d": _CONV2D_POST,
     "conv3d": (),
+    "conv_transpose2d": _CONV2D_POST,
     "linear": tuple(_POST),
 }
 """Which activations the kernel of each layer takes; see ``tests/backends/test_x86_layers.py``."""
@@ -103,8 +106,8 @@ def kernel_takes(match: Match) -> Reject | None:
     wanted = (torch.uint8,) if _name(layer) != "linear" else (torch.uint8, torch.int8)
     if reads.dtype not in wanted:
         return Reject(f"the kernel reads uint8, not {reads.dtype}", layer)
-    if match.node("dqw").args[2] not in (0, None):
-        return Reject("the weight is scaled along another axis than the output", layer)
+    if _name(layer) == TRANSPOSED and not _transposed(layer).fits(_weight_shape(layer)):
+        return Reject("its output padding reaches beyond its kernel", layer)
     quantized = _name(match.root) == QUANTIZE
     if post_op(_name(layer), act) is None and not (quantized and floor_of(match) is not None):
         return Reject(f"the {_name(layer)} kernel has no {_name(act) if act else 'such'}", layer)
@@ -142,20 +145,38 @@ def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | Non
 
     weight, scale = at(match.bound["w"]), at(match.bound["scale"])
     if scale.numel() == 1:
-        scale = scale.expand(weight.shape[0]).contiguous()
+        axis = 1 if _name(match.node("layer")) == TRANSPOSED else 0
+        scale = scale.expand(weight.shape[axis]).contiguous()
     return weight, scale, at(match.bound["bias"])
 
 
+def _each(layer: Node, name: str, rank: int) -> tuple[int, ...]:
+    value = argument(layer, name)
+    return tuple(value) if isinstance(value, tuple | list) else (int(value),) * rank
+
+
 def _geometry(layer: Node) -> Geometry:
-    rank = int(_name(layer)[4])
-
-    def each(name: str) -> tuple[int, ...]:
-        value = argument(layer, name)
-        return tuple(value) if isinstance(value, tuple | list) else (int(value),) * rank
-
-    return Geometry(
-        each("stride"), each("padding"), each("dilation"), int(argument(layer, "groups"))
+    rank = int(_name(layer)[-2])
+    stride, padding, dilation = (
+        _each(layer, name, rank) for name in ("stride", "padding", "dilation")
     )
+    return Geometry(stride, padding, dilation, int(argument(layer, "groups")))
+
+
+def _transposed(layer: Node) -> TransposedGeometry:
+    pairs = [_each(layer, name, 2) for name in ("stride", "padding", "output_padding", "dilation")]
+    stride, padding, extra, dilation = ((pair[0], pair[1]) for pair in pairs)
+    return TransposedGeometry(stride, padding, extra, dilation, int(argument(layer, "groups")))
+
+
+def _weight_shape(layer: Node) -> tuple[int, ...]:
+    """Height and width of a layer's kernel."""
+    codes = layer.args[1].args[0]  # type: ignore[union-attr]
+    parent, _, leaf = str(codes.target).rpartition(".")  # type: ignore[union-attr]
+    owner = layer.graph.owning_module
+    if owner is None:
+        raise TypeError(f"%{layer.name} belongs to no module")
+    return tuple(getattr(owner.get_submodule(parent), leaf).shape[2:])
 
 
 def _make(match: Match, editor: Editor, writes: QType | None, other: QType | None) -> X86Layer:
@@ -166,6 +187,8 @@ def _make(match: Match, editor: Editor, writes: QType | None, other: QType | Non
         if other is not None:
             return X86LinearSum(*parts, post, other=other)
         return X86Linear(*parts, post)
+    if _name(layer) == TRANSPOSED:
+        return X86ConvTranspose2d(*parts, post, _transposed(layer))
     shape = info(dq).shape
     more = (post, _geometry(layer), shape)
     if other is not None:

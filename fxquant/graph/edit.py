@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import NodeInfo, info, write_info
 from fxquant.graph.op_table import op_of
-from fxquant.graph.ops import Op
+from fxquant.graph.ops import Kind, Op
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,15 @@ class Editor:
     def replace(self, old: Node, new: Node, *also: Node) -> None:
         """Let users of ``old`` read ``new``, then take out ``old`` and ``also``, users first.
 
-        ``new`` inherits the provenance of all that goes.
+        ``new`` inherits the provenance of all that goes, but for conversions between float and
+        codes: those belong to the value that was converted.
         """
         gone = (old, *also)
         origins: dict[str, None] = dict.fromkeys(info(new).origins)
         for node in gone:
-            origins.update(dict.fromkeys(info(node).origins))
+            op = op_of(node)
+            if op is None or op.kind is not Kind.BOUNDARY:
+                origins.update(dict.fromkeys(info(node).origins))
         old.replace_all_uses_with(new, propagate_meta=False)
         write_info(new, origins=tuple(origins))
         # A pattern may meet one node twice: x + conv(x) reads one dequantize from both sides.

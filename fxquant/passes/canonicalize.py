@@ -163,6 +163,8 @@ def _settle(call: Call) -> Call | Unreadable:
         return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
     if not _is_tensor(first):
         return Unreadable(f"{op.name} of the constant {first!r}")
+    if op.name == "reshape" and any(isinstance(side, torch.dtype) for side in _sides(given)):
+        return Unreadable("view of other bits: x.view(dtype)")
     if op.name == "softmax" and given["dim"] is None:
         return Unreadable("softmax without dim: PyTorch guesses it from the rank in every call")
     for name, value in given.items():
@@ -170,6 +172,11 @@ def _settle(call: Call) -> Call | Unreadable:
             if info(value[0]).value == "sizes":
                 return Call(op, {**given, name: value[0]}, call.inplace)
     return call
+
+
+def _sides(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    shape = given["shape"]
+    return tuple(shape) if isinstance(shape, tuple | list) else (shape,)
 
 
 def _is_tensor(value: Any) -> bool:
