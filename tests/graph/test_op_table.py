@@ -1,0 +1,191 @@
+"""The spelling matrix: every spelling of every op gives the same canonical node and output.
+
+Calls are made from the table's own signatures and run in eager PyTorch, so that a wrong signature
+fails there; what the canonical node must be is written by hand in ``spelling_cases``. A new op or
+module needs a case, a new function or method spelling is picked up by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.graph.info import info
+from fxquant.graph.op_table import (
+    OPS,
+    op_named,
+    op_names,
+)
+from fxquant.graph.ops import Kind, Op
+from fxquant.graph.table_weights import FunctionalBatchNorm
+from tests.graph.spelling_cases import CASES, Case
+from tests.helpers import One, Two, canonical, check_eager, names, nodes, options
+
+_BOUNDARIES = {op.name for op in map(op_named, op_names()) if op.kind is Kind.BOUNDARY}
+_WORDS: dict[Any, dict[str, str]] = {
+    torch.split: {"input": "tensor"},
+    "split": {"split_size_or_sections": "split_size"},
+    torch.dropout: {"training": "train"},
+    "view": {"shape": "size"},
+    torch.swapaxes: {"dim0": "axis0", "dim1": "axis1"},
+    "swapaxes": {"dim0": "axis0", "dim1": "axis1"},
+}
+"""What some spellings call an argument, where it is not its canonical name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to write one op."""
+
+    op: str
+    kind: str
+    key: Any
+    style: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.kind}-{getattr(self.key, '__name__', self.key)}-{self.style}"
+
+
+def _cells() -> Iterator[Cell]:
+    for op in OPS:
+        for function in op.functions:
+            if isinstance(function, types.MethodDescriptorType):
+                continue  # torch.Tensor.expand(x): torch.fx cannot trace it, users write x.expand
+            yield Cell(op.name, "function", function, "positional")
+            if not _by_place_only(function):
+                yield Cell(op.name, "function", function, "keyword")
+            if _has_switch(function):
+                yield Cell(op.name, "function", function, "inplace")
+        for method, spelling in op.methods.items():
+            yield Cell(op.name, "method", method, "positional")
+            later = list(spelling.signature.parameters.values())[1:]
+            if any(p.kind is p.VAR_POSITIONAL for p in later):
+                yield Cell(op.name, "method", method, "tuple")
+            if later:
+                yield Cell(op.name, "method", method, "keyword")
+        for place, _ in enumerate(CASES[op.name].modules) if op.name in CASES else ():
+            yield Cell(op.name, "module", place, "positional")
+            yield Cell(op.name, "module", place, "keyword")
+
+
+def _has_switch(function: Any) -> bool:
+    known = isinstance(function, types.FunctionType)
+    return known and "inplace" in inspect.signature(function).parameters
+
+
+def _by_place_only(function: Any) -> bool:
+    return getattr(function, "__module__", None) == "_operator"
+
+
+def _inputs(op: Op, case: Case, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    if op.name == "embedding":
+        return (torch.tensor([[0, 4, 1], [3, 2, 2]]),)
+    own = 1 if op.target is None else len(op.tensors)
+    drawn = [torch.randn(shape) for _ in range(case.joins or own)]
+    return tuple(x.abs().clamp(0.1, 0.9) if case.positive else x for x in drawn)
+
+
+def _model(op: Op, case: Case, cell: Cell) -> nn.Module:
+    """A model that consists of the one call that ``cell`` describes."""
+    if cell.kind == "module":
+        module = case.modules[cell.key].make()
+        if cell.style == "keyword":
+            return One(lambda self, x: self.part(input=x), part=module)
+        return One(lambda self, x: self.part(x), part=module)
+    shapes = case.parameters.items()
+    parts = {name: nn.Parameter(torch.rand(shape) + 0.5) for name, shape in shapes}
+    write = _Writer(op, cell, case.only.get(cell.key, case.options))
+    if case.joins == 2:
+        return Two(lambda self, x, y: write({"tensors": [x, y]}), **parts)
+    own = op.tensors[:1] if op.target is None else op.tensors
+    held = list(parts)
+    if len(own) == 2:
+        return Two(lambda self, x, y: write(dict(zip(own, (x, y), strict=True))))
+    return One(lambda self, x: write({own[0]: x, **{n: getattr(self, n) for n in held}}), **parts)
+
+
+class _Writer:
+    """Makes the call of one cell from named arguments."""
+
+    def __init__(self, op: Op, cell: Cell, given: dict[str, Any]) -> None:
+        self._cell = cell
+        self._given = given
+        table = op.functions if cell.kind == "function" else op.methods
+        self._parameters = list(table[cell.key].signature.parameters.values())
+
+    def __call__(self, tensors: dict[str, Any]) -> Any:
+        known = {**tensors, **self._given}
+        values = {p.name: known.get(p.name, p.default) for p in self._parameters}
+        said = [p.name for p in self._parameters if p.name in known]
+        function = self._cell.key
+        if self._cell.kind == "method":
+            function = getattr(values.pop(said.pop(0)), self._cell.key)
+        if self._cell.style == "keyword":
+            words = _WORDS.get(self._cell.key, {})
+            return function(**{words.get(name, name): values[name] for name in said})
+        by_name = [p.name for p in self._parameters if p.kind is p.KEYWORD_ONLY]
+        more = {name: values.pop(name) for name in by_name if name in said}
+        if self._cell.style == "inplace":
+            more["inplace"] = True
+        return function(*self._by_place(values, [n for n in said if n in values]), **more)
+
+    def _by_place(self, values: dict[str, Any], said: list[str]) -> list[Any]:
+        last = max((list(values).index(name) for name in said), default=-1)
+        placed: list[Any] = []
+        for p in [p for p in self._parameters if p.name in list(values)[: last + 1]]:
+            spread = p.kind is p.VAR_POSITIONAL and self._cell.style == "positional"
+            placed.extend(values[p.name] if spread else (values[p.name],))
+        return placed
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Tensor):  # a constant that the graph holds as an attribute
+        return isinstance(found, fx.Node) and found.op == "get_attr"
+    return bool(found == wanted) and isinstance(found, type(wanted))
+
+
+@pytest.mark.parametrize("cell", list(_cells()), ids=str)
+def test_every_spelling_gives_one_canonical_node_and_the_output_of_eager(cell: Cell) -> None:
+    op, case = op_named(cell.op), CASES[cell.op]
+    shape = case.shapes.get(cell.key, case.shape)
+    wanted = case.only.get(cell.key, case.options)
+    if cell.kind == "module":
+        spelled = case.modules[cell.key]
+        shape = spelled.shape or shape
+        wanted = wanted if spelled.options is None else spelled.options
+    inputs = _inputs(op, case, shape)
+    model = _model(op, case, cell).eval()
+    module = canonical(model, *inputs)
+    check_eager(model, module, *inputs)
+    if case.gone:
+        assert names(module) == []
+        return
+    assert names(module) == [op.name], [info(n).opaque for n in nodes(module)]
+    found = options(nodes(module)[0])
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        assert _same(found[name], value), f"{name}={found[name]!r}, not {value!r}"
+
+
+def test_every_op_has_a_case() -> None:
+    assert set(op_names()) - _BOUNDARIES == set(CASES)
+
+
+def test_every_module_class_has_a_case() -> None:
+    for op in OPS:
+        made = {type(spelled.make()) for spelled in CASES[op.name].modules}
+        # What canonicalizing F.batch_norm itself makes; the matrix has F.batch_norm.
+        wanted = set(op.modules) - {FunctionalBatchNorm}
+        assert made == wanted, f"{op.name}: cases of {made}, spellings {wanted}"
+
+
+def test_every_case_states_all_options() -> None:
+    for op in OPS:
+        assert set(CASES[op.name].options) == set(op.options), op.name
