@@ -108,7 +108,8 @@ class Canonicalize(Pass):
             editor.note_values(node, opaque=call.reason, value="unknown")
             return
         if info(node).pinned and call.inplace:
-            editor.note_values(node, opaque=f"it {info(node).pinned[1:]}", value="unknown")
+            why = "it writes in place into memory that is read under another name"
+            editor.note_values(node, opaque=why, value="unknown")
             return
         _respell(editor, node, call)
 

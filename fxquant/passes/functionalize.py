@@ -36,22 +36,18 @@ class Functionalize(Pass):
         if not writers:
             return
         order = positions(editor.graph)
-        memory = _memory(nodes)
+        memory = _Memory(nodes)
         for node in writers:
             target = node.args[0] if node.args else None
             if isinstance(target, Node):
                 self._settle(editor, node, target, order, memory)
 
+    @staticmethod
     def _settle(
-        self,
-        editor: Editor,
-        node: Node,
-        target: Node,
-        order: dict[Node, int],
-        memory: dict[Node, Node],
+        editor: Editor, node: Node, target: Node, order: dict[Node, int], memory: _Memory
     ) -> None:
         later = [user for user in target.users if order[user] > order[node]]
-        aliases = [n for n, root in memory.items() if root is memory[target] and n is not target]
+        aliases = [n for n in memory.sharing(target) if n is not target]
         earlier = [n for n in aliases if order[n] < order[node]]
         viewed = any(order[user] > order[node] for n in earlier for user in n.users)
         if node.target is operator.setitem or viewed:
@@ -63,17 +59,33 @@ class Functionalize(Pass):
         with editor.rule("functionalize"):
             for user in later:
                 editor.replace_use(user, target, node)
-        memory[node] = node
+        memory.separate(node, [n for n in aliases if order[n] > order[node]])
 
 
-def _memory(nodes: list[Node]) -> dict[Node, Node]:
-    """Which earlier node's memory each node's value may share."""
-    root: dict[Node, Node] = {}
-    for node in nodes:
-        source = node.args[0] if node.args else None
-        shares = isinstance(source, Node) and (_is_view(node) or overwrites(node))
-        root[node] = root[source] if shares and isinstance(source, Node) else node
-    return root
+class _Memory:
+    """Which values may share memory."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._root: dict[Node, Node] = {}
+        self._group: dict[Node, list[Node]] = {}
+        for node in nodes:
+            source = node.args[0] if node.args else None
+            shares = isinstance(source, Node) and (_is_view(node) or overwrites(node))
+            root = self._root[source] if shares and isinstance(source, Node) else node
+            self._root[node] = root
+            self._group.setdefault(root, []).append(node)
+
+    def sharing(self, node: Node) -> list[Node]:
+        """All values that may share the memory of ``node``, itself among them."""
+        return self._group[self._root[node]]
+
+    def separate(self, node: Node, views: list[Node]) -> None:
+        """From now on ``node`` has memory of its own, and ``views`` share that."""
+        apart = dict.fromkeys((node, *views))
+        old = self._root[node]
+        self._group[old] = [n for n in self._group[old] if n not in apart]
+        self._group[node] = list(apart)
+        self._root.update(dict.fromkeys(apart, node))
 
 
 def _is_view(node: Node) -> bool:
