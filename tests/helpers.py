@@ -221,6 +221,7 @@ FLOAT64: float = 1e-10
 
 def close_share(found: Tensor, wanted: Tensor) -> float:
     """The largest difference as a share of the largest value."""
+    found, wanted = found.detach(), wanted.detach()
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
