@@ -100,20 +100,22 @@ def chain(args: Namespace) -> Figures:
     x = torch.rand(1, 4, 2, 2)
     table: list[list[str]] = []
     seconds: dict[int, float] = {}
+    processor: dict[int, float] = {}  # what it costs on a busy machine too
     for nodes in args.nodes:
         model = long_chain(nodes)
         gc.collect()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         fxquant.quantize(model, [x], mode="static", backend="x86", example_inputs=(x,))
         seconds[nodes] = time.perf_counter() - start
+        processor[nodes] = time.process_time() - used
         say(f"{nodes} nodes: {seconds[nodes]:.2f} s")
-        half = seconds.get(nodes // 2)
-        growth = f"{seconds[nodes] / half:.2f}" if half else "-"
-        each = f"{1e3 * seconds[nodes] / nodes:.2f}"
-        table.append([f"{nodes:,}", f"{seconds[nodes]:.2f}", each, growth])
-    headers = ["nodes", "seconds", "ms per node", "time(n) / time(n/2)"]
+        spent = processor[nodes]
+        growth = f"{spent / processor[nodes // 2]:.2f}" if nodes // 2 in processor else "-"
+        each = f"{1e3 * spent / nodes:.2f}"
+        table.append([f"{nodes:,}", f"{seconds[nodes]:.2f}", f"{spent:.2f}", each, growth])
+    headers = ["nodes", "seconds", "processor s", "ms per node", "time(n) / time(n/2)"]
     show("A chain through the whole static pipeline (20,000 nodes: at most 60 s)", headers, table)
-    return {str(nodes): value for nodes, value in seconds.items()}
+    return {"seconds": seconds, "processor_s": processor}
 
 
 def imports(args: Namespace) -> Figures:

@@ -23,6 +23,13 @@ hypothesis.settings.register_profile("fxquant", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("fxquant")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The models of these tests are tiny: calls cost more than arithmetic, so being told that
+    int8 is slower is right and expected. Tests of that warning ask for it by name.
+    """
+    config.addinivalue_line("filterwarnings", "ignore::fxquant.errors.SpeedWarning")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Start every test from the same random state, whatever ran before it in this worker."""

@@ -269,7 +269,8 @@ def _lower_sum(match: Match, editor: Editor) -> None:
     codes, other = match.node("dq").args[0], match.node("dq2").args[0]
     if not isinstance(codes, Node) or not isinstance(other, Node):
         return
-    if not may_overwrite(other, match.node("dq2"), match.root):
+    # conv(y) + y: the kernel must not write over what it is still reading.
+    if other is codes or not may_overwrite(other, match.node("dq2"), match.root):
         kept = info(other).writes
         other = editor.call(torch.clone, (other,), like=other, before=match.root)
         editor.annotate(other, writes=kept, reads=(kept,), value="tensor")

@@ -240,7 +240,7 @@ def capture(
         'torch.fx symbolic tracing'
     """
     bound = bind_arguments(model, args, dict(kwargs or {}))
-    root = copy.deepcopy(model)
+    root = _copy(model)
     if evaluate:
         root.eval()
     _settle_parametrizations(root)
@@ -256,12 +256,24 @@ def capture(
     return Captured(module, "torch.fx symbolic tracing", bound)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; computed tensors that a module keeps are copied without their history."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
 def _settle_parametrizations(root: nn.Module) -> None:
     """Replace computed weights (weight norm, ...) by their value: static weights stay static."""
-    for module in root.modules():
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    for module in [m for m in root.modules() if parametrize.is_parametrized(m)]:
+        with torch.no_grad():
+            values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]
+        # Not remove_parametrizations(): it changes the class, which a copy shares with the user's
+        # own module.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
 
 
 def _explain(model: nn.Module, error: BaseException) -> str:

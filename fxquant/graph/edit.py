@@ -173,6 +173,7 @@ class Editor:
         after: Node | None,
         name: str | None,
     ) -> Node:
+        draft = self._open
         if (before is None) == (after is None):
             raise ValueError("say either before= or after=")
         place = (
@@ -184,7 +185,6 @@ class Editor:
             node = self.graph.create_node(op, target, args, kwargs or {}, name=name)
         record = info(like)
         node.meta = {key: value for key, value in like.meta.items() if key != "example_value"}
-        draft = self._open
         write_info(
             node,
             rules=(*record.rules, draft.rule),
@@ -205,8 +205,7 @@ class Editor:
 
     def reuse(self, node: Node, new: Node) -> None:
         """Let every user of ``node`` read ``new`` instead; ``node`` stays."""
-        for user in node.users:
-            self._open.changed[user.name] = None
+        self._open.changed.update(dict.fromkeys(user.name for user in node.users))
         node.replace_all_uses_with(new, propagate_meta=False)
 
     def replace(self, old: Node, new: Node, *also: Node) -> None:
@@ -215,6 +214,7 @@ class Editor:
         ``new`` inherits the provenance of all that goes, but for conversions between float and
         codes: those belong to the value that was converted.
         """
+        _ = self._open  # refuses before anything has changed
         gone = (old, *also)
         origins: dict[str, None] = dict.fromkeys(info(new).origins)
         for node in gone:
@@ -230,9 +230,10 @@ class Editor:
 
     def replace_use(self, user: Node, old: Node, new: Node) -> None:
         """Let one user read ``new`` where it read ``old``."""
+        draft = self._open
         user.replace_input_with(old, new)
-        self._open.changed[user.name] = None
-        self._open.touch(info(user))
+        draft.changed[user.name] = None
+        draft.touch(info(user))
 
     def set_call(
         self, node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -248,17 +249,18 @@ class Editor:
 
     def set_args(self, node: Node, args: tuple[Any, ...]) -> None:
         """Change the positional arguments of a node."""
+        draft = self._open
         node.args = args
-        self._open.changed[node.name] = None
+        draft.changed[node.name] = None
 
     def annotate(self, node: Node, **changes: Any) -> None:
         """Change the record of a node; logged as a change of the node."""
+        draft = self._open
         record = info(node)
         changes = {k: v for k, v in changes.items() if getattr(record, k, _UNSET) != v}
         if not changes:
             return
         write_info(node, **changes)
-        draft = self._open
         draft.changed[node.name] = None
         draft.touch(record)
 

@@ -18,7 +18,7 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.flow import Flow, is_join, moves_codes, root_of, wanted_int8
 from fxquant.graph.info import QType, info
 from fxquant.graph.verify import Stage
-from fxquant.graph.view import tensor_sources
+from fxquant.graph.view import flat_nodes, tensor_sources
 from fxquant.numerics.qparams import choose_qparams
 from fxquant.passes.base import Pass
 from fxquant.spec import QSpec
@@ -109,7 +109,19 @@ class ShareScales(Pass):
         with editor.rule("inherit-scale"):
             for node in editor.graph.nodes:
                 if wanted_int8(node) and moves_codes(node):
-                    editor.annotate(node, qtype=info(root_of(node)).qtype)
+                    qtype = info(root_of(node)).qtype
+                    editor.annotate(node, qtype=qtype, shape=info(node).shape or _moved(node))
+
+
+def _moved(node: Node) -> tuple[int, ...] | None:
+    """The shape a move gives, found on a tensor without memory; ``None`` if calls compute it."""
+    source = node.args[0] if node.args else None
+    shape = info(source).shape if isinstance(source, Node) else None
+    rest = (node.args[1:], tuple(node.kwargs.values()))
+    if shape is None or not callable(node.target) or any(flat_nodes(rest)):
+        return None
+    moved = node.target(torch.empty(shape, device="meta"), *node.args[1:], **node.kwargs)
+    return tuple(moved.shape) if isinstance(moved, torch.Tensor) else None
 
 
 def _same_codes(a: QType, b: QType) -> bool:
