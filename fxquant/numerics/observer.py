@@ -102,6 +102,8 @@ class Observer(nn.Module):
     """
 
     kind: ClassVar[str]
+    is_observer: ClassVar[bool] = True
+    """How the graph's verifier, which knows no numerics, tells an observer."""
     _per_channel: ClassVar[dict[str, float]] = {"low": math.inf, "high": -math.inf}
     low: Tensor
     high: Tensor
