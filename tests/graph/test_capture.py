@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrizations, weight_norm
 
 from fxquant.errors import TraceError
@@ -202,7 +203,7 @@ def test_threads_capture_at_once() -> None:
     x = torch.randn(3, 4)
     call = nn.Module.__call__
 
-    def work(model: nn.Module) -> nn.Module:
+    def work(model: nn.Module) -> GraphModule:
         return [capture(model, (x,)).module for _ in range(3)][-1]
 
     with ThreadPoolExecutor(4) as pool:
