@@ -78,8 +78,8 @@ def main() -> None:
     original = zoo.build(args.model, size=args.size)
     data = [zoo.example(args.model, 4, args.size, seed) for seed in range(1, 5)]
     x = zoo.example(args.model, args.batch, args.size)
+    model = contender(args.contender, original, data)
     with torch.inference_mode():
-        model = contender(args.contender, original, data)
         quality = sqnr(original(x), model(x))
         layout, x = best_layout(model, x)
         print(json.dumps({"layout": layout, "sqnr": quality}), flush=True)

@@ -242,9 +242,10 @@ def convert(
 
 
 def _working_copy(prepared: GraphModule) -> GraphModule:
-    """A copy that still shares float tensors: most of them are about to become integers."""
-    tensors = (*prepared.parameters(), *prepared.buffers())
-    return copy.deepcopy(prepared, {id(tensor): tensor for tensor in tensors})
+    """A copy that still shares float tensors and observers: most are about to go."""
+    observers = [module for module in prepared.modules() if isinstance(module, Observer)]
+    shared = (*prepared.parameters(), *prepared.buffers(), *observers)
+    return copy.deepcopy(prepared, {id(each): each for each in shared})
 
 
 def _own_tensors(converted: GraphModule) -> None:

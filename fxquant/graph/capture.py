@@ -86,6 +86,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
         self._bound = bound
         self._own: dict[CodeType, bool] = {}
+        self._calls: dict[str, int] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that keep in-place operators."""
@@ -139,7 +140,7 @@ class _Tracer(fx.Tracer):
         path = owners[-1][0] if owners else ""
         if node.op == "call_function" or node.op == "call_method":
             leaf = getattr(node.target, "__name__", str(node.target))
-            path = f"{path}.{leaf}" if path else leaf
+            path = self._numbered(f"{path}.{leaf}" if path else leaf)
         elif node.op in ("placeholder", "get_attr", "call_module"):
             path = str(node.target)
         node.meta[KEY] = NodeInfo(
@@ -149,6 +150,12 @@ class _Tracer(fx.Tracer):
             owners=tuple((p, c) for p, c in owners if isinstance(c, type)),
         )
         return node
+
+    def _numbered(self, path: str) -> str:
+        """The second ``add`` of a module is ``add_1``: a path names one op."""
+        count = self._calls.get(path, 0)
+        self._calls[path] = count + 1
+        return f"{path}_{count}" if count else path
 
     def _source(self, frame: FrameType | None) -> str:
         while frame is not None:

@@ -115,8 +115,8 @@ _EMPTY: Final = NodeInfo()
 
 def info(node: Node) -> NodeInfo:
     """The record of ``node``, an empty one if nothing is known."""
-    found = node.meta.get(KEY, _EMPTY)
-    return found if isinstance(found, NodeInfo) else _EMPTY
+    found: NodeInfo = node.meta.get(KEY, _EMPTY)
+    return found
 
 
 def write_info(node: Node, **changes: Any) -> None:
