@@ -28,6 +28,7 @@ from fxquant.graph.flow import moves_codes
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, is_op, module_of, op_named, op_names, op_of
 from fxquant.graph.ops import Kind
+from fxquant.graph.view import flat_nodes
 from fxquant.numerics.lut import make_table
 from fxquant.numerics.qparams import QParams
 from fxquant.patterns.boundary import DEQUANTIZE, QUANTIZE
@@ -45,6 +46,7 @@ _MOVES: Final = (
     *(name for name in op_names() if op_named(name).kind is Kind.MOVE and name != "dropout"),
     "interpolate",
 )
+_NUMBERS: Final = ("scalar", "sizes")
 _THROUGH_FLOAT: Final = (
     *(f"max_pool{rank}d" for rank in (1, 3)),
     *(f"adaptive_max_pool{rank}d" for rank in (1, 2, 3)),
@@ -239,26 +241,17 @@ def _recall(
     """Call the same op on codes."""
     node, writes = match.node("op"), _writes(match)
     made = editor.call(target, args, dict(kwargs), like=node, before=match.root)
-    count = sum(1 for arg in _flat(args) if info(arg).writes is not None)
+    sources = [s for s in flat_nodes((args, dict(kwargs))) if info(s).value not in _NUMBERS]
     editor.annotate(
         made,
         writes=writes,
-        reads=(writes,) * count,
+        # Codes, and whatever else it reads: the indices of an index_select are no codes.
+        reads=tuple(info(source).writes for source in sources),
         value="tensor",
         decision=info(node).decision,
         shape=info(match.root).shape,
     )
     editor.replace(match.root, made, *match.nodes[1:])
-
-
-def _flat(args: tuple[Any, ...]) -> list[Node]:
-    found: list[Node] = []
-    for arg in args:
-        if isinstance(arg, Node):
-            found.append(arg)
-        elif isinstance(arg, tuple | list):
-            found.extend(_flat(tuple(arg)))
-    return found
 
 
 def _lower_join(match: Match, editor: Editor) -> None:

@@ -188,6 +188,7 @@ class Editor:
         write_info(
             node,
             rules=(*record.rules, draft.rule),
+            opaque="",  # that was said of the call it stands beside
             qtype=None,
             reads=None,
             writes=None,
