@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch.fx import Node
@@ -93,7 +94,7 @@ def find(expr: OpExpr, root: Node, misses: Misses | None = None) -> Iterator[Mat
         misses: keeps the nearest miss, if given.
     """
     notes = misses if misses is not None else Misses()
-    for state in _expr(expr, root, _State(), notes, outermost=True):
+    for state in _expr(expr, root, _State(), notes, None):
         inside = dict.fromkeys(state.nodes)
         twice = [v for v in _variables(expr, state) if isinstance(v, Node) and v in inside]
         if twice:
@@ -105,7 +106,7 @@ def find(expr: OpExpr, root: Node, misses: Misses | None = None) -> Iterator[Mat
                 )
             )
             continue
-        yield Match(root, state.nodes, state.bound)
+        yield Match(root, tuple(inside), state.bound)
 
 
 def _variables(expr: Expr, state: _State) -> Iterator[Any]:
@@ -117,33 +118,34 @@ def _variables(expr: Expr, state: _State) -> Iterator[Any]:
 
 
 def _expr(
-    expr: Expr, value: Any, state: _State, misses: Misses, *, outermost: bool = False
+    expr: Expr, value: Any, state: _State, misses: Misses, reader: Node | None
 ) -> Iterator[_State]:
+    """Match ``value``, which ``reader`` reads; the outermost op has no reader."""
     if isinstance(expr, Var):
         if expr.name in state.bound and state.bound[expr.name] is not value:
             misses.add(Reject(f"{expr.name!r} would stand for two values", None, len(state.nodes)))
             return
         yield _State(state.nodes, {**state.bound, expr.name: value})
         return
-    why = _refuses(expr, value, outermost)
+    why = _refuses(expr, value, reader)
     if why is None:
         yield from _arguments(expr, value, state.with_node(value, expr.name), misses)
     elif expr.optional:
-        yield from _expr(expr.args[0], value, state, misses, outermost=outermost)
+        yield from _expr(expr.args[0], value, state, misses, reader)
     else:
         node = value if isinstance(value, Node) else None
         misses.add(Reject(why, node, len(state.nodes)))
 
 
-def _refuses(expr: OpExpr, value: Any, outermost: bool) -> str | None:
+def _refuses(expr: OpExpr, value: Any, reader: Node | None) -> str | None:
     """Why a value is not the op that ``expr`` asks for."""
     if not isinstance(value, Node):
         return f"expected {' or '.join(expr.ops)}, found the constant {value!r}"
     op = op_of(value)
     if op is None or op.name not in expr.ops:
         return f"expected {' or '.join(expr.ops)}, found {what(value)} %{value.name}"
-    if not outermost and not expr.shared and len(value.users) > 1:
-        others = ", ".join(f"%{user.name}" for user in list(value.users)[1:4])
+    if reader is not None and not expr.shared and len(value.users) > 1:
+        others = ", ".join(f"%{u.name}" for u in islice(value.users, 4) if u is not reader)
         return f"{op.name} %{value.name} has more than one user: {others}"
     for option, wanted in expr.attributes:
         found = argument(value, option)
@@ -165,14 +167,14 @@ def _arguments(expr: OpExpr, node: Node, state: _State, misses: Misses) -> Itera
     if op is not None and op.commutes and len(given) == 2 and given[0] is not given[1]:
         orders.append(given[::-1])
     for order in orders:
-        yield from _in_order(expr.args, order, state, misses)
+        yield from _in_order(expr.args, order, state, misses, node)
 
 
 def _in_order(
-    exprs: tuple[Expr, ...], values: list[Any], state: _State, misses: Misses
+    exprs: tuple[Expr, ...], values: list[Any], state: _State, misses: Misses, reader: Node
 ) -> Iterator[_State]:
     if not exprs:
         yield state
         return
-    for after in _expr(exprs[0], values[0], state, misses):
-        yield from _in_order(exprs[1:], values[1:], after, misses)
+    for after in _expr(exprs[0], values[0], state, misses, reader):
+        yield from _in_order(exprs[1:], values[1:], after, misses, reader)
