@@ -46,7 +46,7 @@ def _rank(node: Node) -> int | None:
         return _flattened(node, before)
     if before is None:
         return None
-    if op.name == "unsqueeze":
+    if op.name in ("unsqueeze", "embedding"):
         return before + 1
     if op.name == "select":
         return before - 1
@@ -56,6 +56,9 @@ def _rank(node: Node) -> int | None:
         other = node.args[1]
         right = info(other).rank if isinstance(other, Node) else 0
         return None if right is None else max(before, right)
+    if op.name == "matmul":
+        right = info(node.args[1]).rank if isinstance(node.args[1], Node) else None
+        return None if right is None or min(before, right) < 2 else max(before, right)
     return before if op.kind in _KEEPS or op.name in _KEEPS_BY_NAME else None
 
 

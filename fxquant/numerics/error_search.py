@@ -22,10 +22,10 @@ from torch import Tensor
 from fxquant.numerics.qparams import QParams, choose_qparams, steps_from_range
 from fxquant.spec import QSpec
 
-# Ten octaves down from the full range in half-octave steps, then finer around the best, to 2 %.
+# Ten octaves down from the full range in half-octave steps, then finer around the best, to 3 %.
 _COARSE: Final = tuple(2.0 ** (-i / 2) for i in range(21))
-_ZOOMS: Final = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
-_COARSE_BINS: Final = 256
+_ZOOMS: Final = (1 / 6, 1 / 24)
+_COARSE_BINS: Final = 128
 
 
 def expected_error(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
@@ -75,7 +75,7 @@ def search_range(
     group = max(1, counts.numel() // _COARSE_BINS)
     best = _best_pair(counts.view(-1, group).sum(1), edges[::group], lows, highs, (low, high), spec)
     for zoom in _ZOOMS:
-        around = torch.arange(-2, 3, dtype=torch.float64).mul_(-zoom).exp2_()
+        around = torch.arange(-3, 4, dtype=torch.float64).mul_(-zoom).exp2_()
         lows, highs = ((around * share).clamp_(max=1.0).unique() for share in best)
         best = _best_pair(counts, edges, lows.flip(0), highs.flip(0), (low, high), spec)
     return best[0] * low, best[1] * high

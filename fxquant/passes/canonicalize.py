@@ -260,14 +260,20 @@ def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
                 return
             value = _tensor_at(editor, str(value.target))
         values[name] = value
-    if op.build is None or values.get("weight", values.get("running_mean")) is None:
-        editor.note_values(node, opaque=f"{op.name} without a weight", value="tensor")
+    needed = _NEEDED.get(op.name, "weight")
+    if op.build is None or values[needed] is None:
+        why = f"{op.name} without {needed.replace('_', ' ')}"
+        editor.note_values(node, opaque=why, value="tensor")
         return
     with editor.rule("canonicalize"):
         path = editor.add_module(_module_path(node, op), op.build(values))
         editor.set_call(node, path, (given[op.tensors[0]],), {})
         editor.annotate(node, path=path)
     editor.note_values(node, value="tensor")
+
+
+_NEEDED: Final = {"batch_norm": "running_mean", "layer_norm": "normalized_shape"}
+"""What a functional layer cannot do without, where that is not its weight."""
 
 
 def _module_path(node: Node, op: Op) -> str:
