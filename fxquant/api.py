@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,22 @@ from fxquant.synthesis import synthesize
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Overrides = Mapping[Selector, QConfig | str | None]
 _MODES: Final = ("static",)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Observers and weights made under ``torch.inference_mode()`` could never be changed again."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_outside_inference_mode
 def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     model: nn.Module,
     calibration: Any = None,
@@ -133,6 +148,7 @@ def _prepare_and_calibrate(
     return prepared
 
 
+@_outside_inference_mode
 def prepare(
     model: nn.Module,
     *,
@@ -166,6 +182,7 @@ def prepare(
     return _prepare(model, args, kwargs, qconfig, overrides, patterns)
 
 
+@_outside_inference_mode
 def calibrate(
     prepared: nn.Module,
     data: Any,
@@ -192,6 +209,7 @@ def calibrate(
     )
 
 
+@_outside_inference_mode
 def convert(
     prepared: nn.Module, *, backend: str = "auto", min_coverage: float | None = None
 ) -> GraphModule:

@@ -122,4 +122,4 @@ def test_text_shows_what_was_measured() -> None:
     assert lines[5] == ("int8: 0.26x the size, 2.0x as fast at batch 1, 4.0x as fast at batch 64")
     assert lines[6].startswith("int8: 1 of 1 ops (100.0%)")
     assert "\n".join(lines[9:]) == str(shown.diff)
-    assert "fused" in lines[-1]
+    assert "unchanged" in lines[-1]

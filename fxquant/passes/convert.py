@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -49,6 +50,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         # Parameters, not buffers: unpickling a graph module traces it anew, and would fold
         # dequantize_weight(buffer, buffer) into a float constant.
+        scale, bias = _one_block(scale, bias)
         for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
             held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, held)
@@ -58,6 +60,14 @@ class QuantizedWeight(nn.Module):
         weight, scale = self.get_parameter("weight"), self.get_parameter("weight_scale")
         kind = "per channel" if scale.numel() > 1 else "per tensor"
         return f"{tuple(weight.shape)} int8 {kind}, bias={self._parameters['bias'] is not None}"
+
+
+def _one_block(scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and bias in one piece of memory: files hold a record of its own for every piece."""
+    if bias is None or bias.shape != scale.shape:
+        return scale, bias
+    block = torch.stack((scale, bias.to(scale.dtype)))
+    return block[0], block[1]
 
 
 @dataclass(frozen=True)
