@@ -259,6 +259,11 @@ def capture(
         # the same to them: this model, at this line, cannot be traced.
         except Exception as error:
             raise TraceError(_explain(model, error)) from error
+    # Unpickling traces a graph module anew, with a plain tracer.
+    graph._tracer_cls = None
+    for node in graph.nodes:
+        # Annotations may be strings, which the pickle of a graph module cannot import.
+        node.type = None
     module = fx.GraphModule(root, graph, type(model).__name__)
     return Captured(module, "torch.fx symbolic tracing", bound)
 
