@@ -36,7 +36,7 @@ from fxquant.recipes import (
     prepare_recipe,
     resolve_backend,
 )
-from fxquant.record import KEY, OpRecord, Record, record_of
+from fxquant.record import KEY, OpRecord, Record, attach, record_of
 from fxquant.report.ops import coverage, read_ops, with_kernels
 from fxquant.report.speed import compare_speed, example_of
 from fxquant.spec import Mode, QConfig, resolve_qconfig
@@ -253,7 +253,7 @@ def convert(
     _own_tensors(converted)
     made.ops = with_kernels(made.ops, converted.graph, chosen.name)
     made.bytes_after = _bytes(converted)
-    converted.meta[KEY] = made
+    attach(converted, made)
     _check_coverage(made, min_coverage)
     _check_speed(prepared, converted, made)
     return converted
@@ -315,7 +315,7 @@ def _prepare(
         prepare_recipe(default, chosen, tuple(patterns), ranks).run(captured.module, record)
     if not any(isinstance(m, Observer) for m in captured.module.modules()):
         raise _nothing_int8(read_ops(captured.module.graph))
-    captured.module.meta[KEY] = record
+    attach(captured.module, record)
     return captured.module.eval()
 
 

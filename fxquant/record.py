@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxquant.errors import ConfigError
 from fxquant.graph.diff import GraphState
@@ -15,6 +16,7 @@ from fxquant.graph.verify import Stage
 from fxquant.numerics.observers import ObserverSummary
 
 KEY: Final = "fxquant"
+_ATTRIBUTE: Final = "_fxquant_record"
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,23 @@ class Record:
     inputs: tuple[Tensor, ...] | None = None
 
 
+def attach(module: GraphModule, record: Record) -> None:
+    """Let a model remember how it was made.
+
+    ``meta`` survives a copy of a graph module and an attribute survives its pickle; neither
+    survives both.
+    """
+    module.meta[KEY] = record
+    module.__dict__[_ATTRIBUTE] = record
+
+
 def record_of(model: nn.Module) -> Record:
     """The record of a model that fxquant made.
 
     Raises:
         ConfigError: fxquant did not make it.
     """
-    found = getattr(model, "meta", {}).get(KEY)
+    found = getattr(model, "meta", {}).get(KEY) or model.__dict__.get(_ATTRIBUTE)
     if not isinstance(found, Record):
         raise ConfigError(
             f"{type(model).__name__} was not made by fxquant: pass what quantize(), prepare() or "
