@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from fxquant import calibration as feeding
+from fxquant.arguments import (
+    Examples,
+    Overrides,
+    check_mode,
+    check_model,
+    check_patterns,
+    check_share,
+    ranks,
+    resolve_overrides,
+    split_example,
+    tensor_example,
+)
 from fxquant.backends.base import Availability
 from fxquant.errors import (
     CalibrationError,
     ConfigError,
     FxQuantWarning,
-    LoweringError,
-    SpeedWarning,
     warn_user,
 )
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
 from fxquant.numerics.observers import Observer
 from fxquant.passes.base import Pass
-from fxquant.passes.configure import Selector
 from fxquant.patterns.rule import Rule
 from fxquant.pipeline import first_snapshot
 from fxquant.recipes import (
@@ -36,14 +44,13 @@ from fxquant.recipes import (
     prepare_recipe,
     resolve_backend,
 )
-from fxquant.record import KEY, OpRecord, Record, attach, record_of
-from fxquant.report.ops import coverage, read_ops, with_kernels
-from fxquant.report.speed import compare_speed, example_of
+from fxquant.record import Record, attach, record_of
+from fxquant.report.checks import check_coverage, check_speed, nothing_int8, size_in_bytes
+from fxquant.report.ops import read_ops, with_kernels
+from fxquant.report.speed import example_of
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
-Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-Overrides = Mapping[Selector, QConfig | str | None]
 _MODES: Final = ("static",)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,10 +117,10 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         torch.Size([1, 8, 6, 6])
     """
     resolve_backend(backend)
-    _check_share(min_coverage)
-    _check_mode(mode, _MODES)
+    check_share(min_coverage)
+    check_mode(mode, _MODES)
     resolve_qconfig(qconfig)
-    _check_model(model)
+    check_model(model)
     with torch.random.fork_rng(devices=[]):
         prepared = _prepare_and_calibrate(
             model,
@@ -134,13 +141,13 @@ def _prepare_and_calibrate(
 ) -> GraphModule:
     transform, max_batches, progress = feed
     if calibration is None:
-        calibration = synthesize(model, _tensor_example(example_inputs))
+        calibration = synthesize(model, tensor_example(example_inputs))
         transform = None
     if example_inputs is None:
         first = feeding.first_batch(calibration, transform, model=model)
         args, kwargs, calibration, transform = first.args or (), first.kwargs, first.replay, None
     else:
-        args, kwargs = _split_example(example_inputs)
+        args, kwargs = split_example(example_inputs)
     prepared = _prepare(model, args, kwargs, *wishes)
     calibrate(
         prepared, calibration, transform=transform, max_batches=max_batches, progress=progress
@@ -177,8 +184,8 @@ def prepare(
         TraceError: the model cannot be captured.
     """
     resolve_backend(backend)
-    _check_mode(mode, _MODES)
-    args, kwargs = _split_example(example_inputs)
+    check_mode(mode, _MODES)
+    args, kwargs = split_example(example_inputs)
     return _prepare(model, args, kwargs, qconfig, overrides, patterns)
 
 
@@ -226,7 +233,7 @@ def convert(
         LoweringError: nothing became int8, or less than ``min_coverage``.
     """
     chosen = resolve_backend(backend)
-    _check_share(min_coverage)
+    check_share(min_coverage)
     record = record_of(prepared)
     if not isinstance(prepared, GraphModule) or record.backend:
         raise ConfigError("this model is converted already: pass what prepare() returned")
@@ -252,10 +259,10 @@ def convert(
     convert_recipe(chosen).run(converted, made, watch=watch)
     _own_tensors(converted)
     made.ops = with_kernels(made.ops, converted.graph, chosen.name)
-    made.bytes_after = _bytes(converted)
+    made.bytes_after = size_in_bytes(converted)
     attach(converted, made)
-    _check_coverage(made, min_coverage)
-    _check_speed(prepared, converted, made)
+    check_coverage(made, min_coverage)
+    check_speed(prepared, converted, made)
     return converted
 
 
@@ -297,10 +304,10 @@ def _prepare(
     overrides: Overrides | None,
     patterns: Sequence[Rule],
 ) -> GraphModule:
-    _check_model(model)
+    check_model(model)
     default = resolve_qconfig(qconfig)
-    chosen = _resolve_overrides(overrides)
-    _check_patterns(patterns)
+    chosen = resolve_overrides(overrides)
+    check_patterns(patterns)
     if model.training:
         warn_user(
             "the model is in training mode; its copy is put in eval mode for quantization",
@@ -309,126 +316,11 @@ def _prepare(
     with torch.random.fork_rng(devices=[]):
         start = time.perf_counter()
         captured = capture(model, args, kwargs, evaluate=True)
-        record = Record("static", rung=captured.rung, bytes_before=_bytes(model))
+        record = Record("static", rung=captured.rung, bytes_before=size_in_bytes(model))
         record.snapshots.append(first_snapshot(captured.module, time.perf_counter() - start))
-        ranks = _ranks(model, args, kwargs)
-        prepare_recipe(default, chosen, tuple(patterns), ranks).run(captured.module, record)
+        known = ranks(model, args, kwargs)
+        prepare_recipe(default, chosen, tuple(patterns), known).run(captured.module, record)
     if not any(isinstance(m, Observer) for m in captured.module.modules()):
-        raise _nothing_int8(read_ops(captured.module.graph))
+        raise nothing_int8(read_ops(captured.module.graph))
     attach(captured.module, record)
     return captured.module.eval()
-
-
-def _ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """How many dimensions each example input has."""
-    names = list(inspect.signature(model.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
-
-
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError(
-            "the model is a ScriptModule, whose Python code is gone: pass the nn.Module it was "
-            "scripted from"
-        )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
-    if isinstance(model, GraphModule) and KEY in model.meta:
-        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
-            raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
-
-
-def _check_mode(mode: str, allowed: tuple[str, ...]) -> None:
-    if mode not in allowed:
-        raise ConfigError(f"mode is {mode!r}: this version of fxquant has {list(allowed)}")
-
-
-def _check_share(share: float | None) -> None:
-    if share is not None and not 0.0 <= share <= 1.0:
-        raise ConfigError(f"min_coverage is {share!r}: it must lie between 0 and 1")
-
-
-def _check_patterns(patterns: Iterable[object]) -> None:
-    for pattern in patterns:
-        if not isinstance(pattern, Rule):
-            raise ConfigError(f"patterns holds a {type(pattern).__name__}: it takes fusion rules")
-
-
-def _resolve_overrides(
-    overrides: Overrides | None,
-) -> tuple[tuple[Selector, QConfig | None], ...]:
-    if overrides is None:
-        return ()
-    if not isinstance(overrides, Mapping):
-        raise ConfigError("overrides must be a dict of selector to QConfig or None")
-    return tuple(
-        (selector, None if config is None else resolve_qconfig(config))
-        for selector, config in overrides.items()
-    )
-
-
-def _split_example(example: Examples | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example is None:
-        return (), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, tuple | list):
-        return tuple(example), {}
-    return (example,), {}
-
-
-def _tensor_example(example: Examples | None) -> Tensor | tuple[Any, ...] | None:
-    args, kwargs = _split_example(example)
-    return (*args, *kwargs.values()) or None
-
-
-def _bytes(module: nn.Module) -> int:
-    """Bytes of parameters and persistent buffers, each storage once."""
-    seen: dict[int, int] = {}
-    for tensor in module.state_dict().values():
-        if isinstance(tensor, Tensor):
-            seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
-
-
-def _nothing_int8(ops: tuple[OpRecord, ...]) -> LoweringError:
-    reasons = dict.fromkeys(f"{op.path or op.op} ({op.op}): {op.why}" for op in ops if not op.int8)
-    listed = "\n".join(f"  {reason}" for reason in list(reasons)[:8]) or "  it has no float op"
-    return LoweringError(f"nothing in this model became int8:\n{listed}")
-
-
-def _check_coverage(record: Record, least: float | None) -> None:
-    if not any(op.int8 for op in record.ops):
-        raise _nothing_int8(record.ops)
-    share = coverage(record.ops)
-    if least is not None and share < least:
-        left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if not op.int8]
-        listed = "\n".join(left[:8])
-        raise LoweringError(
-            f"{share:.0%} of the ops are int8, less than min_coverage={least:.0%}. "
-            f"In float:\n{listed}"
-        )
-
-
-def _check_speed(prepared: GraphModule, converted: GraphModule, record: Record) -> None:
-    """Measure both models once; a slower result is said, with the ops that cost most."""
-    if record.inputs is None or record.backend == "reference":
-        return
-    record.timing = compare_speed(prepared, converted, record.inputs)
-    record.inputs = None
-    timing = record.timing
-    if timing is None or not timing.slowest:
-        return
-    worst = "; ".join(
-        f"{path} ({op}) {codes:.0f} us, {real:.0f} us in float"
-        for path, op, codes, real in timing.slowest
-    )
-    warn_user(
-        f"the int8 model is slower than the float one at batch 1: {timing.quantized_ms:.3f} ms "
-        f"against {timing.float_ms:.3f} ms. What costs most: {worst}. Small layers gain nothing "
-        "from int8: leave them in float with overrides={...: None}",
-        SpeedWarning,
-    )

@@ -78,8 +78,8 @@ class Timing:
     """One measured forward of the float and the quantized model on the example batch.
 
     Args:
-        float_ms: milliseconds, median.
-        quantized_ms: milliseconds, median.
+        float_ms: milliseconds, best of a few.
+        quantized_ms: milliseconds, best of a few.
         slowest: ``(path, op, quantized microseconds, float microseconds)`` of the ops that lose
             most, when the quantized model was slower.
     """

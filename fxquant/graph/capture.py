@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import os
 import sys
 import threading
 import traceback
@@ -158,7 +159,8 @@ class _Tracer(fx.Tracer):
         return f"{path}_{count}" if count else path
 
     def _source(self, frame: FrameType | None) -> str:
-        while frame is not None:
+        # Above capture() stands the caller of quantize(), who wrote no op.
+        while frame is not None and frame.f_code is not capture.__code__:
             code = frame.f_code
             own = self._own.get(code)
             if own is None:
@@ -169,8 +171,8 @@ class _Tracer(fx.Tracer):
         return ""
 
 
-_TORCH_DIR: Final = str(torch.__path__[0])
-_OWN_DIR: Final = __file__.rsplit("/", 2)[0]
+_TORCH_DIR: Final = os.path.join(str(torch.__path__[0]), "")
+_OWN_DIR: Final = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
 def _is_user_file(filename: str) -> bool:

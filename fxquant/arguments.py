@@ -1,0 +1,113 @@
+"""Reads and checks what callers pass, before any work starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.errors import ConfigError
+from fxquant.passes.configure import Selector
+from fxquant.patterns.rule import Rule
+from fxquant.record import KEY
+from fxquant.spec import QConfig, resolve_qconfig
+
+Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Overrides = Mapping[Selector, QConfig | str | None]
+
+
+def ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """How many dimensions each example input has."""
+    names = list(inspect.signature(model.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no float model with weights.
+
+    Raises:
+        ConfigError: says what to pass instead.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a ScriptModule, whose Python code is gone: pass the nn.Module it was "
+            "scripted from"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
+    if isinstance(model, GraphModule) and KEY in model.meta:
+        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
+
+
+def check_mode(mode: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a mode that is not among ``allowed``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if mode not in allowed:
+        raise ConfigError(f"mode is {mode!r}: this version of fxquant has {list(allowed)}")
+
+
+def check_share(share: float | None) -> None:
+    """Refuse a share outside 0 to 1.
+
+    Raises:
+        ConfigError: it is outside.
+    """
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ConfigError(f"min_coverage is {share!r}: it must lie between 0 and 1")
+
+
+def check_patterns(patterns: Iterable[object]) -> None:
+    """Refuse patterns that are not fusion rules.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    for pattern in patterns:
+        if not isinstance(pattern, Rule):
+            raise ConfigError(f"patterns holds a {type(pattern).__name__}: it takes fusion rules")
+
+
+def resolve_overrides(
+    overrides: Overrides | None,
+) -> tuple[tuple[Selector, QConfig | None], ...]:
+    """Overrides in the user's order, with presets looked up.
+
+    Raises:
+        ConfigError: they are no dict, or name no preset.
+    """
+    if overrides is None:
+        return ()
+    if not isinstance(overrides, Mapping):
+        raise ConfigError("overrides must be a dict of selector to QConfig or None")
+    return tuple(
+        (selector, None if config is None else resolve_qconfig(config))
+        for selector, config in overrides.items()
+    )
+
+
+def split_example(example: Examples | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if example is None:
+        return (), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def tensor_example(example: Examples | None) -> tuple[Any, ...] | None:
+    """Example inputs as one tuple, or ``None`` where there are none."""
+    args, kwargs = split_example(example)
+    return (*args, *kwargs.values()) or None

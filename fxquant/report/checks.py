@@ -1,0 +1,66 @@
+"""The last look at a converted model: is enough of it int8, and is it faster?"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.errors import LoweringError, SpeedWarning, warn_user
+from fxquant.record import OpRecord, Record
+from fxquant.report.ops import coverage
+from fxquant.report.speed import compare_speed
+
+
+def size_in_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers, each storage once."""
+    seen: dict[int, int] = {}
+    for tensor in module.state_dict().values():
+        if isinstance(tensor, Tensor):
+            seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def nothing_int8(ops: tuple[OpRecord, ...]) -> LoweringError:
+    """The error for a model in which nothing became int8, with the reasons."""
+    reasons = dict.fromkeys(f"{op.path or op.op} ({op.op}): {op.why}" for op in ops if not op.int8)
+    listed = "\n".join(f"  {reason}" for reason in list(reasons)[:8]) or "  it has no float op"
+    return LoweringError(f"nothing in this model became int8:\n{listed}")
+
+
+def check_coverage(record: Record, least: float | None) -> None:
+    """Refuse a model with no int8 op, or with fewer than asked for.
+
+    Raises:
+        LoweringError: lists what stayed float, and why.
+    """
+    if not any(op.int8 for op in record.ops):
+        raise nothing_int8(record.ops)
+    share = coverage(record.ops)
+    if least is not None and share < least:
+        left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if not op.int8]
+        listed = "\n".join(left[:8])
+        raise LoweringError(
+            f"{share:.0%} of the ops are int8, less than min_coverage={least:.0%}. "
+            f"In float:\n{listed}"
+        )
+
+
+def check_speed(prepared: GraphModule, converted: GraphModule, record: Record) -> None:
+    """Measure both models once; a slower result is said, with the ops that cost most."""
+    if record.inputs is None or record.backend == "reference":
+        return
+    record.timing = compare_speed(prepared, converted, record.inputs)
+    record.inputs = None
+    timing = record.timing
+    if timing is None or not timing.slowest:
+        return
+    worst = "; ".join(
+        f"{path} ({op}) {codes:.0f} us, {real:.0f} us in float"
+        for path, op, codes, real in timing.slowest
+    )
+    warn_user(
+        f"the int8 model is slower than the float one at batch 1: {timing.quantized_ms:.3f} ms "
+        f"against {timing.float_ms:.3f} ms. What costs most: {worst}. Small layers gain nothing "
+        "from int8: leave them in float with overrides={...: None}",
+        SpeedWarning,
+    )
