@@ -257,7 +257,7 @@ def convert(
             made.ops = read_ops(editor.graph)
 
     convert_recipe(chosen).run(converted, made, watch=watch)
-    _own_tensors(converted)
+    _own_tensors(converted, prepared)
     made.ops = with_kernels(made.ops, converted.graph, chosen.name)
     made.bytes_after = size_in_bytes(converted)
     attach(converted, made)
@@ -273,17 +273,17 @@ def _working_copy(prepared: GraphModule) -> GraphModule:
     return copy.deepcopy(prepared, {id(each): each for each in shared})
 
 
-def _own_tensors(converted: GraphModule) -> None:
-    """Give the parameters that stayed float memory of their own."""
-    own: dict[int, nn.Parameter] = {}
+def _own_tensors(converted: GraphModule, prepared: GraphModule) -> None:
+    """Give what stayed float memory of its own, frozen parameters and plain buffers included."""
+    shared = {id(tensor) for tensor in (*prepared.parameters(), *prepared.buffers())}
+    own: dict[int, Any] = {}
     for module in converted.modules():
-        for name, value in list(module._parameters.items()):
-            if value is not None and value.is_floating_point() and value.requires_grad:
-                fresh = own.setdefault(id(value), nn.Parameter(value.detach().clone()))
-                module._parameters[name] = fresh
-        for name, buffer in list(module._buffers.items()):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and buffer is not None:
-                module._buffers[name] = buffer.clone()
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
+            for name, tensor in registry.items():
+                if id(tensor) in shared:
+                    # One memo for all: what was one tensor twice still is.
+                    registry[name] = copy.deepcopy(tensor, own)
 
 
 def backends() -> tuple[Availability, ...]:
