@@ -130,8 +130,10 @@ def _same_codes(a: QType, b: QType) -> bool:
 
 def _spanning(low: float, high: float, like: QType) -> QType:
     """The type with the codes of ``like`` that spans ``[low, high]``."""
-    bits = (like.quant_max - like.quant_min + 1).bit_length() - 1
-    spec = QSpec("uint8" if like.dtype == torch.uint8 else "int8", bits=bits)
+    signed = like.dtype == torch.int8
+    bits = (like.quant_max + 1).bit_length() - (0 if signed else 1)
+    even = signed and like.quant_min == -like.quant_max
+    spec = QSpec("int8" if signed else "uint8", bits=bits, symmetric=even)
     span = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
     qparams = choose_qparams(*span, spec)
     return dataclasses.replace(
