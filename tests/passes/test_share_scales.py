@@ -1,0 +1,161 @@
+"""Share scales: joined tensors share one scale where that costs none of them more than a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxquant.graph.info import QType, info
+from fxquant.passes.convert import Convert
+from fxquant.passes.share_scales import ShareScales
+from fxquant.spec import QConfig, QSpec
+from tests.helpers import One, Overrides, measured, names, node_of, run
+
+Body = Callable[[Any, Any], Any]
+X = torch.randn(2, 4, 6, 6)
+
+
+def conv(gain: float) -> nn.Module:
+    """A convolution whose output spans ``gain`` times that of its input, exactly."""
+    made = nn.Conv2d(4, 4, 1, bias=False)
+    with torch.no_grad():
+        made.weight.copy_(gain * torch.eye(4)[:, :, None, None])
+    return made
+
+
+MINMAX = QConfig(activation=QSpec(observer="minmax"))
+
+
+def shared(body: Body, *, config: QConfig = MINMAX, **gains: Any) -> Any:
+    parts = {name: conv(gain) for name, gain in gains.items()}
+    overrides: Overrides = (("*", config),)
+    return run(measured(One(body, **parts).eval(), X, overrides=overrides), ShareScales())
+
+
+def types(module: Any, *found: str) -> list[QType | None]:
+    by_name = {n.name: info(n).qtype for n in module.graph.nodes}
+    return [by_name[name] for name in found]
+
+
+def cat(m: Any, x: Any) -> Any:
+    return torch.cat([m.a(x), m.b(x)], 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.7, 0.51, 1.9])
+def test_within_twice_they_share(gain: float) -> None:
+    module = shared(cat, a=1.0, b=gain)
+    a, b, joined = types(module, "a", "b", "cat")
+    assert a == b == joined
+    wide = max(1.0, gain)
+    assert a is not None
+    # The union's range, up to half a step at either end for the integer zero point.
+    assert a.low == pytest.approx(float(X.min()) * wide, abs=a.scale)
+    assert a.high == pytest.approx(float(X.max()) * wide, abs=a.scale)
+
+
+@pytest.mark.parametrize("gain", [0.4, 0.05, 2.2, 30.0])
+def test_beyond_twice_the_odd_branch_is_requantized(gain: float) -> None:
+    module = shared(cat, a=1.0, b=gain)
+    before = types(measured_like(gain), "a", "b", "cat")
+    a, b, joined = types(module, "a", "b", "cat")
+    assert a is not None and b is not None and joined is not None
+    narrow, wide = (b, a) if gain < 1 else (a, b)
+    assert wide == joined
+    assert narrow == before[1 if gain < 1 else 0], "it keeps its own scale"
+    run(module, Convert())
+    made = names(module)
+    # x, a, b, the narrow one again at the join's scale, and the join itself
+    assert made.count("quantize") == 5
+
+
+def measured_like(gain: float) -> Any:
+    parts = {"a": conv(1.0), "b": conv(gain)}
+    return measured(One(cat, **parts).eval(), X, overrides=(("*", MINMAX),))
+
+
+def test_sharing_needs_no_requantization() -> None:
+    module = run(shared(cat, a=1.0, b=0.9), Convert())
+    assert names(module).count("quantize") == 4  # x, a, b, cat
+
+
+def test_a_tensor_joined_with_itself() -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        return torch.cat([y, y], 1).mean((2, 3))
+
+    module = shared(body, a=1.0)
+    a, joined = types(module, "a", "cat")
+    assert a == joined
+    run(module, Convert())
+    assert names(module).count("quantize") == 3
+
+
+def test_a_chain_of_joins_shares_one_scale() -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = torch.cat([m.a(x), m.b(x)], 1)
+        z = torch.cat([y, m.c(x)], 1)
+        return torch.cat([z, m.d(x)], 1).mean((2, 3))
+
+    module = shared(body, a=1.0, b=0.8, c=1.1, d=0.9)
+    found = types(module, "a", "b", "c", "d", "cat", "cat_1", "cat_2")
+    assert len(set(found)) == 1
+
+
+def test_a_chain_does_not_drift_beyond_the_narrowest() -> None:
+    """Each is within 2x of the next, the last is 5x the first: they cannot all share."""
+
+    def body(m: Any, x: Any) -> Any:
+        y = torch.cat([m.a(x), m.b(x)], 1)
+        return torch.cat([torch.cat([y, m.c(x)], 1), m.d(x)], 1).mean((2, 3))
+
+    gains: dict[str, Any] = {"a": 1.0, "b": 1.7, "c": 3.0, "d": 5.0}
+    found = types(shared(body, **gains), *gains)
+    for mine, gain in zip(found, gains.values(), strict=True):
+        alone = types(shared(lambda m, x: m.two(m.one(x)), one=gain, two=1.0), "one")[0]
+        assert mine is not None and alone is not None
+        # Twice its own range, and half a step at either end.
+        assert mine.high - mine.low <= 2.02 * (alone.high - alone.low)
+
+
+def test_through_moves() -> None:
+    def body(m: Any, x: Any) -> Any:
+        return torch.cat([m.a(x).flip(1), m.b(x)[:, :2]], 1).mean((2, 3))
+
+    module = shared(body, a=1.0, b=0.9)
+    assert len(set(types(module, "a", "flip", "b", "getitem", "cat"))) == 1
+
+
+def test_moves_inherit() -> None:
+    module = shared(lambda m, x: m.b(m.a(x).flip(1).transpose(2, 3)), a=1.0, b=1.0)
+    a, flip, transpose = types(module, "a", "flip", "transpose")
+    assert a == flip == transpose is not None
+
+
+def test_other_code_ranges_never_share() -> None:
+    overrides: Overrides = (("*", MINMAX), ("b", QConfig(activation=QSpec(bits=7))))
+    model = One(cat, a=conv(1.0), b=conv(1.0)).eval()
+    module = run(measured(model, X, overrides=overrides), ShareScales())
+    a, b, joined = types(module, "a", "b", "cat")
+    assert a == joined and b != joined
+
+
+def test_symmetric_codes_stay_symmetric() -> None:
+    config = QConfig(activation=QSpec("int8", symmetric=True, observer="minmax"))
+    module = shared(cat, config=config, a=1.0, b=0.9)
+    a, b, joined = types(module, "a", "b", "cat")
+    assert a == b == joined and a is not None
+    assert a.zero_point == 0
+    assert a.scale == pytest.approx(float(X.abs().max()) / 127, rel=1e-6)
+
+
+def test_a_stack_is_a_join_too() -> None:
+    def body(m: Any, x: Any) -> Any:
+        return torch.stack([m.a(x), m.b(x)], 1).mean((3, 4))
+
+    module = shared(body, a=1.0, b=0.9)
+    assert len(set(types(module, "a", "b", "stack"))) == 1
+    assert info(node_of(module, "stack")).qtype is not None
