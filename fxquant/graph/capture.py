@@ -85,9 +85,28 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, bound: dict[str, Any]) -> None:
         super().__init__(autowrap_functions=())
+        self._thread = threading.get_ident()
         self._bound = bound
         self._own: dict[CodeType, bool] = {}
         self._calls: dict[str, int] = {}
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Record a call; models that other threads run meanwhile are none of its business."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The same for attributes, whose reading fx patches for the whole process too."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that keep in-place operators."""
