@@ -120,6 +120,8 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     check_share(min_coverage)
     check_mode(mode, _MODES)
     resolve_qconfig(qconfig)
+    resolve_overrides(overrides)
+    check_patterns(patterns)
     check_model(model)
     with torch.random.fork_rng(devices=[]):
         prepared = _prepare_and_calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,8 +44,22 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, GraphModule) and KEY in model.meta:
         raise ConfigError("this model was made by fxquant: pass the float model it was made from")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(f"{name} has no shape yet: run the model once before quantizing it")
         if tensor.device.type == "meta":
             raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
+    for name, weight in model.named_parameters():
+        if not _is_finite(weight.detach()):
+            raise ConfigError(
+                f"{name} holds NaN or infinity, and so will every result: load other weights"
+            )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, nothing the size of the weight is made."""
+    if not weight.is_floating_point() or not weight.numel():
+        return True
+    return all(math.isfinite(end.item()) for end in torch.aminmax(weight))
 
 
 def check_mode(mode: str, allowed: tuple[str, ...]) -> None:
