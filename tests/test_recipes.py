@@ -1,0 +1,74 @@
+"""Recipes: which passes run in which order, and which backend stands behind a name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fxquant import recipes
+from fxquant.backends import x86
+from fxquant.backends.reference import Reference
+from fxquant.backends.x86 import X86
+from fxquant.errors import ConfigError
+from fxquant.graph.verify import Stage
+from fxquant.pipeline import Pipeline
+from fxquant.recipes import (
+    available_backends,
+    convert_recipe,
+    prepare_recipe,
+    resolve_backend,
+)
+from fxquant.spec import QConfig
+
+
+def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
+    steps = prepare_recipe(QConfig(), (), (), {}).passes
+    assert steps[0].needs is Stage.CAPTURED
+    assert [step.name for step in steps] == [
+        "functionalize", "unshare", "canonicalize", "split-padding", "configure", "fuse",
+        "annotate", "observe",
+    ]  # fmt: skip
+
+
+def test_convert_goes_on_where_prepare_ends() -> None:
+    last = prepare_recipe(QConfig(), (), (), {}).passes[-1]
+    steps = convert_recipe(Reference()).passes
+    assert steps[0].needs is last.gives
+    assert steps[-1].gives is Stage.LOWERED
+    assert [step.name for step in steps] == [
+        "read-ranges", "share-scales", "place", "convert", "lower",
+    ]  # fmt: skip
+
+
+def test_passes_in_the_wrong_order_are_refused() -> None:
+    steps = convert_recipe(Reference()).passes
+    with pytest.raises(ConfigError, match="needs a graph at stage"):
+        Pipeline((steps[-1], steps[0]))
+
+
+def test_names_are_those_of_the_backends() -> None:
+    for name, make in recipes._BACKENDS.items():
+        assert make().name == name
+        assert resolve_backend(name).name == name
+
+
+def test_auto_is_the_fastest_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_backend("auto").name == "x86"
+    monkeypatch.setattr(X86, "missing", lambda self: "this is a test")
+    assert resolve_backend("auto").name == "reference"
+    with pytest.raises(ConfigError, match=r"'x86' cannot run here: this is a test\. Available"):
+        resolve_backend("x86")
+    found = {one.name: one for one in available_backends()}
+    assert not found["x86"].available
+    assert found["x86"].reason == "this is a test"
+    assert found["reference"].available
+
+
+def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for vnni in (True, False):
+        monkeypatch.setattr(x86, "has_vnni", lambda vnni=vnni: vnni)
+        steps = {step.name: step for step in convert_recipe(X86()).passes}
+        convert = steps["convert"]
+        assert dataclasses.is_dataclass(convert) and not isinstance(convert, type)
+        assert dataclasses.asdict(convert)["saturates_pairs"] is not vnni
