@@ -68,7 +68,7 @@ def op_named(name: str) -> Op:
     """The op called ``name``.
 
     Raises:
-        KeyError: there is none; the message lists near names.
+        KeyError: there is none.
     """
     return _NAMES[name]
 

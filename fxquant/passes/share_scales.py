@@ -8,6 +8,7 @@ bit. A branch that does not fit keeps its own scale and is requantized at the jo
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -90,15 +91,17 @@ class ShareScales(Pass):
                 if qtype is not None and _same_codes(qtype, own):
                     groups.add(root, qtype)
                     groups.unite(node, root)
+        sizes = Counter(groups.find(node) for node in groups.parent)
         for node in groups.parent:
-            self._write(editor, node, groups)
+            if sizes[groups.find(node)] > 1:
+                self._write(editor, node, groups)
         self._inherit(editor)
 
     @staticmethod
     def _write(editor: Editor, node: Node, groups: _Groups) -> None:
         head = groups.find(node)
         old = info(node).qtype
-        if old is None or not any(groups.find(n) is head for n in groups.parent if n is not node):
+        if old is None:
             return
         with editor.rule("share-scale"):
             editor.annotate(node, qtype=_spanning(*groups.span[head], old))
