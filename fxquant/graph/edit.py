@@ -304,11 +304,28 @@ class Editor:
                 return f"{path}_{count}"
 
     def clean(self) -> None:
-        """Take out nodes nobody uses and submodules nobody calls."""
+        """Take out nodes nobody uses, submodules nobody calls and tensors nobody reads."""
         for node in reversed(self.graph.nodes):
             if not node.users and is_removable(node):
                 self.erase(node)
         self.module.delete_all_unused_submodules()
+        _drop_unread_tensors(self.module)
+
+
+def _drop_unread_tensors(module: GraphModule) -> None:
+    """A weight given to ``F.linear`` stays where the user keeps it after a layer has taken it."""
+    used = {str(node.target) for node in module.graph.nodes if node.op in _NAMES_A_PLACE}
+    for path, owner in module.named_modules():
+        parts = path.split(".") if path else []
+        if any(".".join(parts[: count + 1]) in used for count in range(len(parts))):
+            continue
+        for registry in (owner._parameters, owner._buffers):
+            held = [name for name, tensor in registry.items() if tensor is not None]
+            for name in [n for n in held if ".".join((*parts, n)) not in used]:
+                delattr(owner, name)
+
+
+_NAMES_A_PLACE: Final = ("call_module", "get_attr")
 
 
 def _stands(module: nn.Module, path: str) -> bool:
