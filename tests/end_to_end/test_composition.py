@@ -159,13 +159,15 @@ def test_threads(backend: str) -> None:
 def test_quantizing_in_threads() -> None:
     """fx patches torch for the whole process while it traces: one tracing at a time."""
     wanted = run(quantized("x86"))
-    call = nn.Module.__call__
+    call, data = nn.Module.__call__, images()
     found: list[Any] = []
+    # Made here: drawing weights uses the one random generator that threads share.
+    models = [residual() for _ in range(4)]
 
-    def work() -> None:
-        found.append(run(quantized("x86")))
+    def work(model: nn.Module) -> None:
+        found.append(run(fxquant.quantize(model, data, backend="x86")))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     for thread in threads:
