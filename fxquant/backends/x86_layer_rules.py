@@ -23,6 +23,7 @@ from fxquant.backends.x86_layers import (
     X86Linear,
     X86LinearSum,
 )
+from fxquant.backends.x86_pointwise import X86Pointwise, X86PointwiseSum
 from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose2d
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
@@ -169,6 +170,15 @@ def _transposed(layer: Node) -> TransposedGeometry:
     return TransposedGeometry(stride, padding, extra, dilation, int(argument(layer, "groups")))
 
 
+def _is_pointwise(layer: Node, dq: Node) -> bool:
+    """Whether a convolution looks at one pixel at a time, all of them, in all channels."""
+    if _name(layer) != "conv2d" or len(info(dq).shape or ()) != 4:
+        return False
+    g = _geometry(layer)
+    plain = (g.stride, g.padding, g.dilation, g.groups) == ((1, 1), (0, 0), (1, 1), 1)
+    return plain and _weight_shape(layer) == (1, 1)
+
+
 def _weight_shape(layer: Node) -> tuple[int, ...]:
     """Height and width of a layer's kernel."""
     codes = layer.args[1].args[0]  # type: ignore[union-attr]
@@ -189,8 +199,13 @@ def _make(match: Match, editor: Editor, writes: QType | None, other: QType | Non
         return X86Linear(*parts, post)
     if _name(layer) == TRANSPOSED:
         return X86ConvTranspose2d(*parts, post, _transposed(layer))
+    if _is_pointwise(layer, dq):
+        if other is not None:
+            return X86PointwiseSum(*parts, post, other=other)
+        return X86Pointwise(*parts, post)
     shape = info(dq).shape
-    more = (post, _geometry(layer), shape)
+    # The weight's layout is chosen for one picture; a batch is big enough to bear another.
+    more = (post, _geometry(layer), None if shape is None else (1, *shape[1:]))
     if other is not None:
         return X86ConvSum(*parts, *more, other=other)
     made = X86Conv(*parts, *more)

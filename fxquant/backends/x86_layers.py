@@ -250,7 +250,7 @@ class X86Linear(X86Layer):
         self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
         self._head = (self.reads.scale, self.reads.zero_point)
         self._call = (
-            _ONEDNN.qlinear_prepack(self.weight, None),
+            _ONEDNN.qlinear_prepack(self._matrix(), None),
             self.weight_scale,
             zeros,
             self.bias,
@@ -259,6 +259,10 @@ class X86Linear(X86Layer):
             list(self.post.scalars),
             self.post.algorithm,
         )
+
+    def _matrix(self) -> Tensor:
+        """The weight as ``[outputs, inputs]``."""
+        return self.weight
 
     def _nothing(self, codes: Tensor) -> Tensor:
         """The result of an empty batch, for which the kernel drops dimensions."""
@@ -285,7 +289,7 @@ class X86LinearSum(X86Linear):
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel = _ONEDNN.qlinear_pointwise.binary
         self._head = (self.reads.scale, self.reads.zero_point)
-        self._weights = (_ONEDNN.qlinear_prepack(self.weight, None), self.weight_scale, zeros)
+        self._weights = (_ONEDNN.qlinear_prepack(self._matrix(), None), self.weight_scale, zeros)
         self._call = (
             self.bias,
             *self._output(),

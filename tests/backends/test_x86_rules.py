@@ -359,13 +359,15 @@ KINDS: Final[dict[str, Callable[[], nn.Module]]] = {
 }
 
 
-def _layer_case(make: Callable[[], nn.Module], shape: tuple[int, ...], act: str) -> GraphModule:
+def _layer_case(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], act: str, kernel: str = ""
+) -> GraphModule:
     function = unary(act) if act else torch.clone
 
     def body(m: Any, y: Tensor, z: Tensor) -> Tensor:
         return function(m.layer(y))
 
-    kernel = "X86Linear" if shape == ROWS else "X86Conv"
+    kernel = kernel or ("X86Linear" if shape == ROWS else "X86Conv")
     return checked(Op(body, kernel, shape, (("layer", make),)))
 
 
@@ -383,7 +385,8 @@ def test_layers_with_every_activation(layer: str, act: str) -> None:
 @pytest.mark.parametrize("act", ("", "relu", "silu"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions_of_every_kind(kind: str, act: str) -> None:
-    converted = _layer_case(KINDS[kind], IMAGE, act)
+    kernel = "X86Pointwise" if kind == "pointwise" else "X86Conv"
+    converted = _layer_case(KINDS[kind], IMAGE, act, kernel)
     assert fxquant.report(converted).coverage == 1.0
 
 
@@ -398,7 +401,7 @@ def test_linears_of_every_rank(shape: tuple[int, ...]) -> None:
 def test_weights_per_tensor_and_per_channel(preset: str) -> None:
     model = Op(lambda m, y, z: F.relu(m.conv(y)), "X86Conv", parts=CONV).model()
     kernels = _kernels(model, *batches(IMAGE), qconfig=preset)
-    assert len(kernels["X86Conv"]) == 3
+    assert [len(kernels[name]) for name in ("X86Pointwise", "X86Conv")] == [2, 1]
 
 
 # What is summed over must be free
@@ -531,7 +534,7 @@ def test_layers_that_write_float_are_lowered_too() -> None:
         model = nn.Sequential(nn.Conv2d(6, 8, 1), tail).eval()
         data = batches(IMAGE)
         found = check_ops(model, *data)
-        assert len(found.kernels["X86Conv"]) == 2
+        assert [len(found.kernels[k]) for k in ("X86Pointwise", "X86Conv")] == [1, 1]
         assert found.lowered(data[0]).dtype == torch.float32
         assert not any(is_op(n, DEQUANTIZE) for n in found.lowered.graph.nodes)
 

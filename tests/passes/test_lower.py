@@ -82,7 +82,7 @@ def test_misses_are_kept_only_where_much_fitted() -> None:
 
 def test_x86_leaves_no_float_between_two_layers() -> None:
     module = run(qdq(pair()), Lower(X86().rules))
-    assert names(module) == ["quantize", "X86Conv", "X86Conv"]
+    assert names(module) == ["quantize", "X86Pointwise", "X86Pointwise"]
     first, second = nodes(module)[1:]
     assert info(first).writes == info(second).reads[0]  # type: ignore[index]
     assert info(second).writes is None
