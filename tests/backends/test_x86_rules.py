@@ -282,6 +282,11 @@ def _kernels(model: nn.Module, *data: Tensor, **options: Any) -> dict[str, list[
     return check_ops(model, *data, **options).kernels
 
 
+def _convolutions(kernels: dict[str, list[Compared]]) -> int:
+    """How many layers ran on a kernel for convolutions, pointwise ones being linear layers."""
+    return sum(len(kernels.get(name, ())) for name in ("X86Conv", "X86Pointwise"))
+
+
 def checked(case: Op) -> GraphModule:
     """Hold all ops of the case to the reference; return the x86 model."""
     model = case.model()
