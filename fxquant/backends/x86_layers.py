@@ -135,7 +135,9 @@ class X86Conv(X86Layer):
     ) -> None:
         super().__init__(weight, scale, bias, reads, writes, post)
         self.geometry = geometry
-        self.shape = shape
+        # The packer takes the shape of a batch only; without one it decides for any.
+        self.shape = shape if shape is None or len(shape) == weight.dim() else None
+        self._unbatched = weight.dim() - 1
         self.pack()
 
     def _packed(self) -> Tensor:
@@ -183,7 +185,9 @@ class X86Conv(X86Layer):
         return codes.new_empty(like.shape, dtype=self._output()[2])
 
     def forward(self, codes: Tensor) -> Tensor:
-        """One kernel call; ``codes`` uint8 ``[batch, channels, ...]``."""
+        """One kernel call; ``codes`` uint8 ``[batch, channels, ...]``, or without the batch."""
+        if codes.dim() == self._unbatched:
+            return self.forward(codes.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
         result: Tensor = self._kernel(codes, *self._head, *self._call)
@@ -222,6 +226,8 @@ class X86ConvSum(X86Conv):
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
+        if codes.dim() == self._unbatched:
+            return self.forward(codes.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
         total = other.contiguous(memory_format=torch.channels_last)

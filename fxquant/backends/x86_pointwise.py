@@ -14,7 +14,12 @@ from fxquant.backends.x86_layers import X86Linear, X86LinearSum
 
 def _pixels_last(codes: Tensor) -> Tensor:
     """``[batch, height, width, channels]``; no copy for channels_last codes."""
-    return codes.permute(0, 2, 3, 1).contiguous()
+    return codes.permute((0, 2, 3, 1) if codes.dim() == 4 else (1, 2, 0)).contiguous()
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """Back again; a picture without a batch stays without."""
+    return pixels.permute((0, 3, 1, 2) if pixels.dim() == 4 else (2, 0, 1))
 
 
 class X86Pointwise(X86Linear):
@@ -25,7 +30,7 @@ class X86Pointwise(X86Linear):
 
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
-        return super().forward(_pixels_last(codes)).permute(0, 3, 1, 2)
+        return _channels_first(super().forward(_pixels_last(codes)))
 
 
 class X86PointwiseSum(X86LinearSum):
@@ -36,5 +41,4 @@ class X86PointwiseSum(X86LinearSum):
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
-        result = super().forward(_pixels_last(codes), _pixels_last(other))
-        return result.permute(0, 3, 1, 2)
+        return _channels_first(super().forward(_pixels_last(codes), _pixels_last(other)))

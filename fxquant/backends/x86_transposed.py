@@ -151,6 +151,8 @@ class X86ConvTranspose2d(X86Layer):
 
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call, then the phases are interleaved; uint8 ``[batch, in, h, w]``."""
+        if codes.dim() == 3:
+            return self.forward(codes.unsqueeze(0)).squeeze(0)
         g = self.geometry
         (s0, s1), (p0, p1) = g.stride, g.padding
         height, width = codes.shape[2:]
