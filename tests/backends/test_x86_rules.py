@@ -31,6 +31,7 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import DEQUANTIZE, QUANTIZE, is_op, op_named
 from fxquant.patterns.units import ACTIVATIONS
 from tests.backends.lockstep import Compared, both, check_ops, lockstep
+from tests.helpers import One
 
 
 @pytest.fixture(autouse=True)
@@ -400,6 +401,26 @@ def test_linears_of_every_rank(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 7), nn.GELU()).eval()
     kernels = _kernels(model, *batches(shape))
     assert len(kernels["X86Linear"]) == 2
+
+
+UNBATCHED: Final[dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
+    "conv1d": (lambda: nn.Conv1d(6, 6, 3, padding=1), (6, 20)),
+    "conv2d": (lambda: nn.Conv2d(6, 6, 3, padding=1), (6, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(6, 6, 3, padding=1), (6, 5, 6, 7)),
+    "pointwise": (lambda: nn.Conv2d(6, 6, 1), (6, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3, padding=1), (6, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", UNBATCHED)
+def test_convolutions_without_a_batch(kind: str) -> None:
+    """torch takes a single picture too, calibrated on one or on batches."""
+    make, shape = UNBATCHED[kind]
+    model = One(lambda m, x: m.c(F.relu(m.b(m.a(x)) + x)), a=make(), b=make(), c=make()).eval()
+    check_ops(model, *batches(shape))
+    lowered = check_ops(model, *batches((4, *shape))).lowered
+    x = torch.randn(shape)
+    assert torch.equal(lowered(x), lowered(x.unsqueeze(0)).squeeze(0))
 
 
 @pytest.mark.parametrize("preset", ("default", "qnnpack"))
