@@ -55,7 +55,7 @@ class Costs:
 _POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
 
 MEASURED: Final = Costs(
-    # `python -m benchmarks.costs` prints these figures for the machine it runs on.
+    # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
     quantize=Cost(15.0, 0.55),
     dequantize=Cost(7.0, 0.22),
     on_codes={
