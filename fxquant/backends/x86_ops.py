@@ -1,11 +1,10 @@
-"""Ops on plain codes without an integer weight: sums, products, affine, pools, tables."""
+"""Ops on plain codes without an integer weight: sums, products, affine, averages, tables."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.graph.info import QType
@@ -149,85 +148,6 @@ class TableCodes(nn.Module):
     def extra_repr(self) -> str:
         """The function and the result's type, for ``print(model)``."""
         return f"{self.name} -> {self.writes}"
-
-
-class MaxPool2dCodes(nn.Module):
-    """``max_pool2d`` on codes: order is all it needs, so it is exact.
-
-    Torch's own kernel refuses uint8 images of more than 255 pixels (its index has the type of
-    the data). Running maxima of slices, down the rows and then along the columns, measured three
-    times faster than a detour through float.
-
-    Args:
-        options: the arguments of ``max_pool2d`` after its input.
-    """
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.options = options
-        kernel = _pair(options["kernel_size"])
-        stride = _pair(options["stride"] or kernel)
-        self._rows = (kernel[0], stride[0], _pair(options["dilation"])[0])
-        self._columns = (kernel[1], stride[1], _pair(options["dilation"])[1])
-        ph, pw = _pair(options["padding"])
-        self._pad = (pw, pw, ph, ph) if ph or pw else None
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """``codes`` uint8 ``[batch, channels, height, width]``; other inputs go through float."""
-        if codes.dim() != 4 or self.options["ceil_mode"] or codes.numel() == 0:
-            pooled: Tensor = F.max_pool2d(codes.float(), **self.options)
-            return pooled.to(codes.dtype)
-        if self._pad is not None:
-            lowest = 0 if codes.dtype == torch.uint8 else -128
-            codes = F.pad(codes, self._pad, value=lowest)
-        return _running_max(_running_max(codes, 2, *self._rows), 3, *self._columns)
-
-    def extra_repr(self) -> str:
-        """The pool's own arguments, for ``print(model)``."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
-
-
-def _running_max(codes: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
-    count = (codes.shape[dim] - dilation * (size - 1) - 1) // stride + 1
-    last = (count - 1) * stride + 1
-    index: list[slice] = [slice(None)] * codes.dim()
-    windows = []
-    for step in range(size):
-        index[dim] = slice(step * dilation, step * dilation + last, stride)
-        windows.append(codes[tuple(index)])
-    best = windows[0]
-    for window in windows[1:]:
-        best = torch.maximum(best, window)
-    return best
-
-
-class ThroughFloat(nn.Module):
-    """A selection of codes by an op that torch has only for float, in which codes are exact.
-
-    Args:
-        name: the canonical op.
-        options: its arguments after the input.
-    """
-
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.name, self.options = name, options
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes to float, the op, and back; nothing rounds."""
-        target = op_named(self.name).target
-        moved: Tensor = target(codes.float(), **self.options)  # type: ignore[misc]
-        return moved.to(codes.dtype)
-
-    def extra_repr(self) -> str:
-        """The op, for ``print(model)``."""
-        return self.name
 
 
 class AverageCodes(nn.Module):

@@ -1,7 +1,6 @@
 """The op table: one record per canonical op, with every spelling. No other file knows spellings.
 
-Entries of one topic stand together: :mod:`fxquant.graph.table_weights` (ops with parameters),
-:mod:`fxquant.graph.table_pointwise` and :mod:`fxquant.graph.table_moves`.
+Entries of one topic stand together in a ``table_*.py`` file beside this one.
 """
 
 from __future__ import annotations
@@ -16,9 +15,13 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import info
 from fxquant.graph.ops import Kind, Op, Spelling
+from fxquant.graph.table_averages import AVERAGES
 from fxquant.graph.table_entry import entry, sig
+from fxquant.graph.table_joins import JOINS
 from fxquant.graph.table_moves import MOVES
 from fxquant.graph.table_pointwise import POINTWISE
+from fxquant.graph.table_pools import POOLS
+from fxquant.graph.table_views import VIEWS
 from fxquant.graph.table_weights import WEIGHTED
 
 QUANTIZE: Final = "quantize"
@@ -55,7 +58,7 @@ def _index(
     return names, functions, methods, modules
 
 
-OPS: Final = (*WEIGHTED, *POINTWISE, *MOVES)
+OPS: Final = (*WEIGHTED, *POINTWISE, *VIEWS, *MOVES, *JOINS, *POOLS, *AVERAGES)
 _NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
     **{op.target: op for op in OPS if op.target is not None},

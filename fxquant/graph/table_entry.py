@@ -60,3 +60,17 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
         module_constants=dict(module_constants or {}),
         tidy=tidy,
     )
+
+
+def one_way(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``kernel_size=(2, 2), stride=None`` is ``kernel_size=2, stride=2``."""
+    found = {name: _one_number(value) for name, value in arguments.items()}
+    if found.get("stride", 0) in (None, ()):
+        found["stride"] = found["kernel_size"]
+    return found
+
+
+def _one_number(value: Any) -> Any:
+    if isinstance(value, tuple | list) and value and all(type(side) is int for side in value):
+        return value[0] if len(set(value)) == 1 else tuple(value)
+    return value

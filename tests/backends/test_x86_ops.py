@@ -13,14 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.backends.x86_ops import (
-    AverageCodes,
-    MaxPool2dCodes,
-    NormCodes,
-    PairCodes,
-    TableCodes,
-    ThroughFloat,
-)
+from fxquant.backends.x86_moves import MaxPool2dCodes, ThroughFloat
+from fxquant.backends.x86_ops import AverageCodes, NormCodes, PairCodes, TableCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.lut import make_table
 from tests.backends.oracles import (

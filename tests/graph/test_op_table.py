@@ -25,7 +25,8 @@ from fxquant.graph.op_table import (
 )
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.table_weights import FunctionalBatchNorm
-from tests.graph.spelling_cases import CASES, Case
+from tests.graph.spelling import Case
+from tests.graph.spelling_cases import CASES
 from tests.helpers import One, Two, canonical, check_eager, names, nodes, options
 
 _BOUNDARIES = {op.name for op in map(op_named, op_names()) if op.kind is Kind.BOUNDARY}
