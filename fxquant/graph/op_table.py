@@ -15,10 +15,13 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import info
 from fxquant.graph.ops import Kind, Op, Spelling
+from fxquant.graph.table_activations import ACTIVATION
+from fxquant.graph.table_arith import ARITHMETIC
 from fxquant.graph.table_averages import AVERAGES
 from fxquant.graph.table_entry import entry, sig
 from fxquant.graph.table_joins import JOINS
 from fxquant.graph.table_moves import MOVES
+from fxquant.graph.table_norms import NORMS
 from fxquant.graph.table_pointwise import POINTWISE
 from fxquant.graph.table_pools import POOLS
 from fxquant.graph.table_views import VIEWS
@@ -58,7 +61,18 @@ def _index(
     return names, functions, methods, modules
 
 
-OPS: Final = (*WEIGHTED, *POINTWISE, *VIEWS, *MOVES, *JOINS, *POOLS, *AVERAGES)
+OPS: Final = (
+    *WEIGHTED,
+    *NORMS,
+    *ACTIVATION,
+    *POINTWISE,
+    *ARITHMETIC,
+    *VIEWS,
+    *MOVES,
+    *JOINS,
+    *POOLS,
+    *AVERAGES,
+)
 _NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
     **{op.target: op for op in OPS if op.target is not None},

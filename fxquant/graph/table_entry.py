@@ -62,6 +62,46 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
     )
 
 
+def plain(
+    name: str,
+    target: Function,
+    *more: Function,
+    module: type[nn.Module] | None = None,
+    inplace: tuple[Function, ...] = (),
+    method: bool = True,
+    overwriting: bool = True,
+) -> Op:
+    """A unary op without options: ``f(input)``, ``f(input, inplace=)``, ``x.f()``, ``x.f_()``.
+
+    Args:
+        name: its name, and that of its methods.
+        target: the canonical function.
+        more: other functions that spell it.
+        module: the class that spells it.
+        inplace: functions that overwrite their argument.
+        method: whether tensors have the method.
+        overwriting: whether they have the method that overwrites, too.
+    """
+    methods: dict[str, Any] = {}
+    if method:
+        methods = spellings((name,), lambda input: None)
+        if overwriting:
+            methods |= spellings((f"{name}_",), lambda input: None, inplace=True)
+    both = {
+        **spellings((target, *more), lambda input, inplace=False: None),
+        **spellings(inplace, lambda input: None, inplace=True),
+    }
+    return entry(
+        name,
+        Kind.UNARY,
+        target,
+        sig(lambda input: None),
+        functions=both,
+        methods=methods,
+        modules=(module,) if module is not None else (),
+    )
+
+
 def one_way(arguments: dict[str, Any]) -> dict[str, Any]:
     """``kernel_size=(2, 2), stride=None`` is ``kernel_size=2, stride=2``."""
     found = {name: _one_number(value) for name, value in arguments.items()}
@@ -74,3 +114,14 @@ def _one_number(value: Any) -> Any:
     if isinstance(value, tuple | list) and value and all(type(side) is int for side in value):
         return value[0] if len(set(value)) == 1 else tuple(value)
     return value
+
+
+def adopt(module: nn.Module, given: Mapping[str, Any], names: tuple[str, ...]) -> nn.Module:
+    """Give ``module`` the caller's own tensors: training it trains the user's parameters."""
+    for name in names:
+        value = given[name]
+        if isinstance(value, nn.Parameter) or value is None:
+            module.register_parameter(name, value)
+        else:
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return module

@@ -24,7 +24,7 @@ from fxquant.graph.op_table import (
     op_names,
 )
 from fxquant.graph.ops import Kind, Op
-from fxquant.graph.table_weights import FunctionalBatchNorm
+from fxquant.graph.table_norms import FunctionalBatchNorm
 from tests.graph.spelling import Case
 from tests.graph.spelling_cases import CASES
 from tests.helpers import One, Two, canonical, check_eager, names, nodes, options

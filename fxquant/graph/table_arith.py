@@ -1,0 +1,70 @@
+"""Op table: arithmetic on the elements of two or three tensors, or of a tensor and a number."""
+
+from __future__ import annotations
+
+import operator
+from typing import Final
+
+import torch
+
+from fxquant.graph.ops import Kind
+from fxquant.graph.table_entry import entry, sig, spellings
+
+_PAIR: Final = ("input", "other")
+
+ARITHMETIC: Final = (
+    entry(
+        "add",
+        Kind.ARITH,
+        torch.add,
+        sig(lambda input, other, *, alpha=1: None),
+        tensors=_PAIR,
+        commutes=True,
+        functions=spellings((operator.add,), lambda input, other: None)
+        | spellings((operator.iadd,), lambda input, other: None, inplace=True),
+        methods=spellings(("add",), lambda input, other, *, alpha=1: None)
+        | spellings(("add_",), lambda input, other, *, alpha=1: None, inplace=True),
+    ),
+    entry(
+        "sub",
+        Kind.ARITH,
+        torch.sub,
+        sig(lambda input, other, *, alpha=1: None),
+        tensors=_PAIR,
+        functions=spellings((torch.subtract,), lambda input, other, *, alpha=1: None)
+        | spellings((operator.sub,), lambda input, other: None)
+        | spellings((operator.isub,), lambda input, other: None, inplace=True),
+        methods=spellings(("sub", "subtract"), lambda input, other, *, alpha=1: None)
+        | spellings(("sub_", "subtract_"), lambda input, other, *, alpha=1: None, inplace=True),
+    ),
+    entry(
+        "mul",
+        Kind.ARITH,
+        torch.mul,
+        sig(lambda input, other: None),
+        tensors=_PAIR,
+        commutes=True,
+        functions=spellings((torch.multiply, operator.mul), lambda input, other: None)
+        | spellings((operator.imul,), lambda input, other: None, inplace=True),
+        methods=spellings(("mul", "multiply"), lambda input, other: None)
+        | spellings(("mul_", "multiply_"), lambda input, other: None, inplace=True),
+    ),
+    entry(
+        "div",
+        Kind.ARITH,
+        torch.div,
+        sig(lambda input, other: None),
+        tensors=_PAIR,
+        absorb={"rounding_mode": (None,)},
+        functions=spellings(
+            (torch.div, torch.divide), lambda input, other, rounding_mode=None: None
+        )
+        | spellings((operator.truediv, torch.true_divide), lambda input, other: None)
+        | spellings((operator.itruediv,), lambda input, other: None, inplace=True),
+        methods=spellings(("div", "divide"), lambda input, other, rounding_mode=None: None)
+        | spellings(("true_divide",), lambda input, other: None)
+        | spellings(
+            ("div_", "divide_"), lambda input, other, rounding_mode=None: None, inplace=True
+        ),
+    ),
+)

@@ -1,0 +1,105 @@
+"""Op table: normalizations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant.graph.ops import Kind
+from fxquant.graph.table_entry import adopt, entry, sig, spellings
+
+
+class FunctionalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm written as ``F.batch_norm``, which takes inputs of any rank."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch_norm needs at least 2 dimensions, got {input.dim()}")
+
+
+def _build_batch_norm(given: Mapping[str, Any]) -> nn.Module:
+    mean = given["running_mean"]
+    module = FunctionalBatchNorm(
+        mean.shape[0],
+        eps=given["eps"],
+        momentum=given["momentum"],
+        affine=given["weight"] is not None,
+        device="meta",
+    )
+    module.running_mean = mean
+    module.running_var = given["running_var"]
+    module.num_batches_tracked = torch.zeros((), dtype=torch.long)
+    adopt(module, given, ("weight", "bias"))
+    return module.eval()
+
+
+def _build_layer_norm(given: Mapping[str, Any]) -> nn.Module:
+    shape = tuple(given["normalized_shape"])
+    affine = given["weight"] is not None
+    module = nn.LayerNorm(shape, eps=given["eps"], elementwise_affine=affine, device="meta")
+    return adopt(module, given, ("weight", "bias"))
+
+
+def _build_group_norm(given: Mapping[str, Any]) -> nn.Module:
+    weight = given["weight"]
+    module = nn.GroupNorm(given["num_groups"], weight.shape[0], eps=given["eps"], device="meta")
+    return adopt(module, given, ("weight", "bias"))
+
+
+_batch_norm = (
+    lambda input, running_mean, running_var, weight=None, bias=None, momentum=0.1, eps=1e-5: None
+)
+
+
+NORMS: Final = (
+    entry(
+        "batch_norm",
+        Kind.ARITH,
+        None,
+        sig(_batch_norm),
+        tensors=("input", "running_mean", "running_var", "weight", "bias"),
+        absorb={"training": (False,)},
+        functions=spellings(
+            (F.batch_norm,),
+            lambda input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5: (
+                None
+            ),
+        ),
+        modules=(
+            nn.BatchNorm1d,
+            nn.BatchNorm2d,
+            nn.BatchNorm3d,
+            nn.SyncBatchNorm,
+            FunctionalBatchNorm,
+        ),
+        build=_build_batch_norm,
+    ),
+    entry(
+        "layer_norm",
+        Kind.FLOAT,
+        None,
+        sig(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: None),
+        tensors=("input", "weight", "bias"),
+        functions=spellings(
+            (F.layer_norm,), lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: None
+        ),
+        modules=(nn.LayerNorm,),
+        build=_build_layer_norm,
+    ),
+    entry(
+        "group_norm",
+        Kind.FLOAT,
+        None,
+        sig(lambda input, num_groups, weight, bias=None, eps=1e-5: None),
+        tensors=("input", "weight", "bias"),
+        functions=spellings(
+            (F.group_norm,), lambda input, num_groups, weight, bias=None, eps=1e-5: None
+        ),
+        modules=(nn.GroupNorm,),
+        build=_build_group_norm,
+    ),
+)
