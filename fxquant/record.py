@@ -57,6 +57,7 @@ class OpRecord:
         source: the user's line.
         origins: names of the captured nodes it comes from.
         weights: number of weight elements.
+        macs: multiply-accumulates on the first batch of calibration; ``None`` if not known.
     """
 
     path: str
@@ -71,6 +72,7 @@ class OpRecord:
     source: str = ""
     origins: tuple[str, ...] = ()
     weights: int = 0
+    macs: int | None = None
 
 
 @dataclass(frozen=True)

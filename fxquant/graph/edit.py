@@ -190,6 +190,7 @@ class Editor:
             rules=(*record.rules, draft.rule),
             opaque="",  # that was said of the call it stands beside
             qtype=None,
+            macs=None,
             reads=None,
             writes=None,
         )

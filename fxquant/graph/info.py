@@ -86,6 +86,7 @@ class NodeInfo:
         reads: for a lowered op, the edge types its tensor arguments must have, in order.
         writes: for a lowered op, the edge type of its value.
         shape: shape of its value when calibration saw it.
+        macs: multiply-accumulates of one call on the first batch of calibration.
         rank: number of dimensions of its value, where it follows from the graph.
         opaque: why the op table has no canonical form for it.
         pinned: why its memory must stay as it is (something is written into it in place).
@@ -105,6 +106,7 @@ class NodeInfo:
     reads: tuple[QType | None, ...] | None = None
     writes: QType | None = None
     shape: tuple[int, ...] | None = None
+    macs: int | None = None
     rank: int | None = None
     opaque: str = ""
     pinned: str = ""

@@ -9,15 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import Flow, root_of
 from fxquant.graph.info import Decision, QType, info
+from fxquant.graph.macs import count_macs
 from fxquant.graph.op_table import module_of
 from fxquant.graph.verify import Stage
 from fxquant.numerics.observers import Observer
 from fxquant.numerics.qparams import QParams
+from fxquant.numerics.shapes import ShapeRecorder
 from fxquant.passes.base import Pass
 
 
@@ -44,21 +47,28 @@ class ReadRanges(Pass):
         """Read and erase every observer, then settle what was not seen."""
         missing: dict[Node, str] = {}
         for node in list(editor.graph.nodes):
-            if node.op != "call_module" or not isinstance(module_of(node), Observer):
+            if node.op != "call_module":
+                continue
+            watcher = module_of(node)
+            if not isinstance(watcher, Observer | ShapeRecorder):
                 continue
             value = node.args[0]
             if isinstance(value, Node):
-                self._read(editor, value, module_of(node), missing)
+                self._read(editor, value, watcher, missing)
             with editor.rule("erase-observer"):
                 editor.erase(node)
         editor.module.delete_all_unused_submodules()
+        for node in editor.graph.nodes:
+            editor.note_values(node, macs=count_macs(node, lambda value: info(value).shape))
         self._settle(editor, missing)
 
     @staticmethod
-    def _read(editor: Editor, value: Node, observer: object, missing: dict[Node, str]) -> None:
-        if not isinstance(observer, Observer):
+    def _read(editor: Editor, value: Node, observer: nn.Module, missing: dict[Node, str]) -> None:
+        if isinstance(observer, ShapeRecorder):
+            editor.note_values(value, shape=observer.first_shape)
+        elif not isinstance(observer, Observer):
             return
-        if not observer.floating:
+        elif not observer.floating:
             missing[value] = f"%{value.name} is not a floating-point tensor"
         elif not observer.seen:
             missing[value] = f"calibration never reached {observer.path}"

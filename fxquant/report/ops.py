@@ -64,6 +64,7 @@ def _of_unit(unit: Unit) -> OpRecord:
         source=record.source,
         origins=tuple(origins),
         weights=elements,
+        macs=_macs(unit.nodes),
     )
 
 
@@ -80,7 +81,13 @@ def _of_opaque(node: Node) -> OpRecord:
         source=record.source,
         origins=record.origins,
         weights=_parameters(node),
+        macs=record.macs,
     )
+
+
+def _macs(nodes: tuple[Node, ...]) -> int | None:
+    counts = [info(node).macs for node in nodes]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _codes(source: Node) -> QType | None:
@@ -116,6 +123,12 @@ def _parameters(node: Node) -> int:
 def coverage(ops: tuple[OpRecord, ...]) -> float:
     """The share of ops that run in int8, 0 to 1; a fused unit counts once."""
     return sum(op.int8 for op in ops) / len(ops) if ops else 0.0
+
+
+def mac_coverage(ops: tuple[OpRecord, ...]) -> float:
+    """The share of the known multiply-accumulates that int8 ops do, 0 to 1; 1 where none is."""
+    total = sum(op.macs or 0 for op in ops)
+    return sum(op.macs or 0 for op in ops if op.int8) / total if total else 1.0
 
 
 def with_kernels(ops: tuple[OpRecord, ...], graph: Graph, backend: str) -> tuple[OpRecord, ...]:

@@ -9,13 +9,14 @@ import torch
 from fxquant.graph.info import QType
 from fxquant.graph.text import shown
 from fxquant.record import OpRecord, Record
-from fxquant.report.ops import coverage
+from fxquant.report.ops import coverage, mac_coverage
 from fxquant.report.tables import table
 
 _COLUMNS: Final = (
-    "path", "op", "runs", "in", "weight", "out", "scale", "zero point", "kernel", "why float",
+    "path", "op", "runs", "MACs", "in", "weight", "out", "scale", "zero point", "kernel",
+    "why float",
 )  # fmt: skip
-_NUMBERS: Final = ("scale", "zero point")
+_NUMBERS: Final = ("MACs", "scale", "zero point")
 _MOST_PATHS: Final = 8
 _NAME: Final = 60
 
@@ -56,6 +57,16 @@ class Report:
         return sum(op.weights for op in self.ops if op.int8) / total if total else 1.0
 
     @property
+    def mac_coverage(self) -> float:
+        """The share of multiply-accumulates that int8 ops do, 0 to 1; 1 where there are none.
+
+        Counted on the first batch of calibration: convolutions, linears, products of matrices,
+        attention and recurrent layers, in float ones too. Ops whose work is not known (``macs``
+        of their row is ``None``) are left out.
+        """
+        return mac_coverage(self.ops)
+
+    @property
     def ratio(self) -> float:
         """Bytes of the converted model per byte of the float one; 0 if either is unknown."""
         record = self._record
@@ -76,6 +87,7 @@ class Report:
             "capture": record.rung,
             "coverage": self.coverage,
             "weight_coverage": self.weight_coverage,
+            "mac_coverage": self.mac_coverage,
             "bytes_before": record.bytes_before,
             "bytes_after": record.bytes_after,
             "unseen": list(record.unseen),
@@ -117,6 +129,9 @@ class Report:
         weights = sum(op.weights for op in self.ops)
         if weights:
             lines[0] += f", {self.weight_coverage:.1%} of {weights} weight elements"
+        macs = sum(op.macs or 0 for op in self.ops)
+        if macs:
+            lines[0] += f", {self.mac_coverage:.1%} of {macs} multiply-accumulates"
         before, after = self._record.bytes_before, self._record.bytes_after
         if before and after:
             lines.append(f"size: {before} -> {after} bytes ({self.ratio:.3f}x)")
@@ -164,6 +179,7 @@ def _cells(op: OpRecord) -> tuple[str, ...]:
         op.path,
         op.op,
         "int8" if op.int8 else "float",
+        "?" if op.macs is None else str(op.macs or ""),
         ", ".join(_dtype(qtype) for qtype in op.reads),
         op.weight,
         _dtype(writes),
@@ -185,6 +201,7 @@ def _row(op: OpRecord) -> dict[str, Any]:
         "in": [_type(qtype) for qtype in op.reads],
         "weight": op.weight,
         "weight_elements": op.weights,
+        "macs": op.macs,
         "out": _type(op.writes),
         "source": op.source,
         "origins": list(op.origins),

@@ -18,6 +18,7 @@ from tests.helpers import One, annotated, check_eager, fused, nodes, observers, 
 
 Body = Callable[[Any, Any], Any]
 X = torch.randn(2, 4, 6, 6)
+WATCHERS = ("observer_", "shape_")
 
 
 def places(body: Body, **parts: Any) -> list[str]:
@@ -63,10 +64,20 @@ def test_observers_change_no_output_and_can_be_taken_out() -> None:
     check_eager(fused(model, X), module, X)
     editor = Editor(module)
     with editor.rule("out"):
-        for node in [n for n in nodes(module) if str(n.target).startswith("observer")]:
+        for node in [n for n in nodes(module) if str(n.target).startswith(WATCHERS)]:
             assert not node.users
             editor.erase(node)
     assert render(module.graph) == text
+
+
+def test_shapes_are_recorded_where_work_is_done_and_no_observer_stands() -> None:
+    def body(m: Any, x: Any) -> Any:
+        return torch.softmax(m.a(x), 1) @ m.a(x).flip(3)
+
+    module = run(annotated(One(body, a=conv()).eval(), X), Observe())
+    watched = [str(n.args[0]) for n in nodes(module) if str(n.target).startswith(WATCHERS)]
+    assert len(watched) == len(set(watched))
+    assert {"x", "a", "a_1", "softmax", "flip", "matmul"} == set(watched)
 
 
 def test_placeholders_stay_together() -> None:

@@ -22,7 +22,13 @@ from tests.report.test_tables import HOSTILE
 CODES = QType(0.25, 3, 0, 255, torch.uint8)
 
 
-def op(path: str, int8: bool = True, weights: int = 0, why: str = "x86 has a kernel") -> OpRecord:
+def op(
+    path: str,
+    int8: bool = True,
+    weights: int = 0,
+    why: str = "x86 has a kernel",
+    macs: int | None = None,
+) -> OpRecord:
     """An op record."""
     return OpRecord(
         path=path,
@@ -35,6 +41,7 @@ def op(path: str, int8: bool = True, weights: int = 0, why: str = "x86 has a ker
         weight="int8 per channel 0",
         writes=CODES if int8 else None,
         weights=weights,
+        macs=macs,
     )
 
 
@@ -66,7 +73,11 @@ def full_record() -> Record:
                 (("conv-bn", "layer1.bn", "bn has a second user"), ("linear-bn", "fc", "no")),
             ),
         ],
-        ops=(op("conv1", weights=300), op("conv2", weights=90), op("head", False, 10, "asked to")),
+        ops=(
+            op("conv1", weights=300, macs=6000),
+            op("conv2", weights=90, macs=3600),
+            op("head", False, 10, "asked to", macs=400),
+        ),
         observers=(seen("conv1", 0.001), seen("conv2", 0.02)),
         unseen=("branch.a", "branch.b"),
         bytes_before=1600,
@@ -79,6 +90,7 @@ def test_coverage_counts_ops_and_weights() -> None:
     report = Report(full_record())
     assert report.coverage == 2 / 3
     assert report.weight_coverage == 0.975
+    assert report.mac_coverage == 0.96
     assert report.ratio == 0.28
 
 
@@ -86,19 +98,29 @@ def test_text_has_one_row_an_op_and_all_facts() -> None:
     text = str(Report(full_record()))
     rows = text.splitlines()[2:5]
     assert rows[0].split() == [
-        *("conv1", "conv2d+relu", "int8", "uint8,", "float", "int8", "per", "channel", "0"),
+        *("conv1", "conv2d+relu", "int8", "6000", "uint8,", "float", "int8", "per", "channel", "0"),
         *("uint8", "0.25", "3", "X86Conv"),
     ]
     assert rows[2].split()[:3] == ["head", "conv2d+relu", "float"]
     assert rows[2].endswith("asked to")
     assert text.split("\n\n")[1].splitlines() == [
-        "int8: 2 of 3 ops (66.7%), 97.5% of 400 weight elements",
+        "int8: 2 of 3 ops (66.7%), 97.5% of 400 weight elements, "
+        "96.0% of 10000 multiply-accumulates",
         "size: 1600 -> 448 bytes (0.280x)",
         "mode static, backend x86, captured by torch.fx symbolic tracing",
         "calibrated at 2 places, at most 2.000% of the values clipped (at conv2)",
         "never reached by calibration: branch.a, branch.b",
         "one forward of batch 1: 20.000 ms in float, 5.000 ms converted (0.25x)",
     ]
+
+
+def test_work_that_is_not_known_is_marked_and_left_out() -> None:
+    record = full_record()
+    record.ops = (op("a", macs=30), op("b", False, macs=10), op("c", False), op("d", macs=0))
+    report = Report(record)
+    assert report.mac_coverage == 0.75
+    assert [row["macs"] for row in report.rows] == [30, 10, None, 0]
+    assert [line.split()[3] for line in str(report).splitlines()[2:5]] == ["30", "10", "?"]
 
 
 def test_text_and_dict_repeat_exactly() -> None:
@@ -117,8 +139,8 @@ def test_dict_holds_exact_types_and_stable_keys() -> None:
     assert plain["ops"][0]["out"]["scale"] == scale
     assert plain["ops"][0]["out"]["dtype"] == "uint8"
     assert set(plain) == {
-        *("mode", "backend", "capture", "coverage", "weight_coverage", "bytes_before"),
-        *("bytes_after", "unseen", "clipped", "timing", "ops"),
+        *("mode", "backend", "capture", "coverage", "weight_coverage", "mac_coverage"),
+        *("bytes_before", "bytes_after", "unseen", "clipped", "timing", "ops"),
     }
 
 

@@ -1,0 +1,154 @@
+"""How many multiply-accumulates an op does, from the shapes of what it reads and writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from fxquant.graph.info import info
+from fxquant.graph.op_table import function_spelling, module_of, op_of
+from fxquant.graph.ops import Kind, Op
+from fxquant.graph.view import flat_nodes
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Node], Shape | None]
+
+_RECURRENT: Final = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+_PRODUCTS: Final = ("matmul", "bmm", "baddbmm", "addmm", "scaled_dot_product_attention")
+_LAST_TWO: Final = {"baddbmm": 1, "addmm": 1}
+"""Ops whose factors come after a tensor that is only added."""
+
+
+def multiplies(node: Node) -> bool:
+    """Whether ``node`` multiplies and adds up, so that its shapes matter: conv, matmul, LSTM.
+
+    Args:
+        node: a node of a canonicalized graph; calls without canonical form count too.
+    """
+    op = _op(node)
+    if op is not None:
+        return op.kind is Kind.CONTRACT or op.name in _PRODUCTS
+    return node.op == "call_module" and _has_weights(node)
+
+
+def count_macs(node: Node, shape_of: ShapeOf) -> int | None:
+    """The multiply-accumulates of one call of ``node``; 0 where it does not multiply and add up.
+
+    Args:
+        node: a node of a canonicalized graph whose weights are still those of its modules.
+        shape_of: the shape of the value of a node, ``None`` if it is not known.
+
+    Returns:
+        ``None`` where a shape is not known, or how the module computes.
+    """
+    if not multiplies(node):
+        return 0
+    op = _op(node)
+    if op is not None and op.kind is Kind.CONTRACT:
+        return _contraction(op, node, shape_of)
+    if op is not None:
+        return _product(op, node, shape_of)
+    return _module(module_of(node), node, shape_of)
+
+
+def shapes_needed(node: Node) -> tuple[Node, ...]:
+    """The values whose shapes :func:`count_macs` asks for; none where it needs none."""
+    if not multiplies(node):
+        return ()
+    values = (node, *flat_nodes((node.args, tuple(node.kwargs.values()))))
+    asked = [value for value in values if info(value).value not in ("scalar", "sizes")]
+    return tuple(dict.fromkeys(value for value in asked if value.op != "get_attr"))
+
+
+def _op(node: Node) -> Op | None:
+    """The op of a call, also of one that has no canonical form: ``F.linear(x, w * mask)``."""
+    found = op_of(node)
+    if found is None and node.op == "call_function":
+        spelled = function_spelling(node.target)
+        return None if spelled is None else spelled[0]
+    return found
+
+
+def _has_weights(node: Node) -> bool:
+    module = module_of(node)
+    if getattr(module, "is_observer", False) or op_of(node) is not None:
+        return False
+    return any(p.dim() > 1 for p in module.parameters()) or not _is_torchs(module)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _contraction(op: Op, node: Node, shape_of: ShapeOf) -> int | None:
+    given, made = _shape(node.args[0], shape_of), shape_of(node)
+    if node.op == "call_module":
+        weight: Shape | None = tuple(module_of(node).get_parameter("weight").shape)
+    else:
+        named = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        weight = _shape(named, shape_of)
+    if weight is None:
+        return None
+    if op.name == "linear":
+        return None if given is None else math.prod(given) * weight[0]
+    walked = given if op.name.startswith("conv_transpose") else made
+    return None if walked is None else math.prod(walked) * math.prod(weight[1:])
+
+
+def _product(op: Op, node: Node, shape_of: ShapeOf) -> int | None:
+    start = _LAST_TWO.get(op.name, 0)
+    values = (*node.args, *node.kwargs.values())
+    shapes = [_shape(value, shape_of) for value in values[start : start + 3]]
+    made = shape_of(node)
+    if made is None or len(shapes) < 2 or shapes[0] is None or shapes[1] is None:
+        return None
+    if op.name == "scaled_dot_product_attention":
+        # Scores cost one query width each, and as many sums as the result has columns.
+        keys, width = shapes[1][-2], shapes[0][-1]
+        rows = math.prod(made[:-1])
+        return rows * keys * (width + made[-1])
+    return math.prod(made) * shapes[0][-1]
+
+
+def _module(module: nn.Module, node: Node, shape_of: ShapeOf) -> int | None:
+    shapes = [_shape(value, shape_of) for value in (*node.args, *node.kwargs.values())]
+    first = shapes[0] if shapes else None
+    if first is None:
+        return None
+    if isinstance(module, _RECURRENT):
+        # Every step multiplies by every matrix once.
+        steps = math.prod(first[:-1])
+        return steps * sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module, [shape for shape in shapes if shape is not None])
+    if isinstance(module, nn.Bilinear):
+        return math.prod(first[:-1]) * module.weight.numel()
+    return None
+
+
+def _attention(module: nn.MultiheadAttention, shapes: list[Shape]) -> int | None:
+    if len(shapes) < 3 or any(len(shape) < 2 for shape in shapes[:3]):
+        return None
+    query, key, value = shapes[:3]
+    width = module.embed_dim
+    projections = width * sum(math.prod(shape) for shape in (query, query, key, value))
+    batched = len(query) == 3
+    at = 1 if batched and module.batch_first else 0
+    batch = query[1 - at] if batched else 1
+    return projections + 2 * batch * query[at] * key[at] * width
+
+
+def _shape(value: Any, shape_of: ShapeOf) -> Shape | None:
+    if not isinstance(value, Node):
+        return None
+    if value.op == "get_attr" and value.graph.owning_module is not None:
+        found: Any = value.graph.owning_module
+        for part in str(value.target).split("."):
+            found = getattr(found, part, None)
+        return tuple(found.shape) if isinstance(found, torch.Tensor) else None
+    return shape_of(value)
