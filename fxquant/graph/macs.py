@@ -127,7 +127,7 @@ def _module(module: nn.Module, node: Node, shape_of: ShapeOf) -> int | None:
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, [shape for shape in shapes if shape is not None])
     if isinstance(module, nn.Bilinear):
-        return math.prod(first[:-1]) * module.weight.numel()
+        return math.prod(first[:-1]) * int(module.weight.numel())
     return None
 
 
