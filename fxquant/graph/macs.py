@@ -135,7 +135,7 @@ def _attention(module: nn.MultiheadAttention, shapes: list[Shape]) -> int | None
     if len(shapes) < 3 or any(len(shape) < 2 for shape in shapes[:3]):
         return None
     query, key, value = shapes[:3]
-    width = module.embed_dim
+    width: int = module.embed_dim
     projections = width * sum(math.prod(shape) for shape in (query, query, key, value))
     batched = len(query) == 3
     at = 1 if batched and module.batch_first else 0
