@@ -188,6 +188,13 @@ class Two(Calls):
         return self.body(self, x, y)
 
 
+class Three(Calls):
+    """With three inputs."""
+
+    def forward(self, x: Any, y: Any, z: Any) -> Any:
+        return self.body(self, x, y, z)
+
+
 def assert_same(found: Any, wanted: Any) -> None:
     """Bit for bit the same tensors, in the same containers."""
     if isinstance(wanted, tuple | list):

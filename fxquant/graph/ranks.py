@@ -13,9 +13,15 @@ from fxquant.graph.ops import Kind
 
 _KEEPS: Final = (Kind.CONTRACT, Kind.UNARY, Kind.FLOAT)
 _KEEPS_BY_NAME: Final = (
+    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "softmax"),
+    *("log_softmax", "local_response_norm", "glu"),
+    *(f"lp_pool{rank}d" for rank in (1, 2, 3)),
     *(f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)),
     *("batch_norm", "cat", "pad", "transpose", "interpolate", "narrow", "flip", "roll", "dropout"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "index_select", "prelu"),
+)
+_REDUCTIONS: Final = (
+    *("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm", "vector_norm"),
 )
 
 
@@ -50,9 +56,9 @@ def _rank(node: Node) -> int | None:
         return before + 1
     if op.name == "select":
         return before - 1
-    if op.name == "mean":
+    if op.name in _REDUCTIONS:
         return _reduced(node, before)
-    if op.name in ("add", "sub", "mul", "div"):
+    if op.name in ("add", "sub", "mul", "div", "maximum", "minimum"):
         other = node.args[1]
         right = info(other).rank if isinstance(other, Node) else 0
         return None if right is None else max(before, right)
@@ -80,6 +86,6 @@ def _reduced(node: Node, before: int) -> int | None:
     dim, keep = argument(node, "dim"), argument(node, "keepdim")
     if keep is True:
         return before
-    if dim is None:
+    if dim is None or dim == ():
         return 0
     return before - (len(dim) if isinstance(dim, tuple | list) else 1)

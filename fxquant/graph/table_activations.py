@@ -1,4 +1,4 @@
-"""Op table: activation functions, each a function of one element."""
+"""Op table: activation functions, all but ``glu`` functions of one element."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from fxquant.graph.table_entry import entry, plain, sig, spellings
 ACTIVATION: Final = (
     plain("relu", torch.relu, F.relu, module=nn.ReLU, inplace=(torch.relu_,)),
     plain("relu6", F.relu6, module=nn.ReLU6, method=False),
-    plain("sigmoid", torch.sigmoid, F.sigmoid, module=nn.Sigmoid, inplace=(torch.sigmoid_,)),
+    plain(
+        "sigmoid",
+        torch.sigmoid,
+        F.sigmoid,
+        torch.special.expit,
+        module=nn.Sigmoid,
+        inplace=(torch.sigmoid_,),
+    ),
     plain("tanh", torch.tanh, F.tanh, module=nn.Tanh, inplace=(torch.tanh_,)),
     plain("silu", F.silu, module=nn.SiLU, method=False),
     plain("mish", F.mish, module=nn.Mish, method=False),
@@ -86,10 +93,34 @@ ACTIVATION: Final = (
         modules=(nn.Threshold,),
     ),
     entry(
+        "rrelu",
+        Kind.UNARY,
+        F.rrelu,
+        sig(lambda input, lower=1 / 8, upper=1 / 3, training=False: None),
+        functions=spellings(
+            (F.rrelu,), lambda input, lower=1 / 8, upper=1 / 3, training=False, inplace=False: None
+        )
+        | spellings((torch.rrelu,), lambda input, lower=1 / 8, upper=1 / 3, training=False: None)
+        | spellings(
+            (torch.rrelu_,),
+            lambda input, lower=1 / 8, upper=1 / 3, training=False: None,
+            inplace=True,
+        ),
+        modules=(nn.RReLU,),
+    ),
+    entry(
+        "glu",
+        Kind.ARITH,
+        F.glu,
+        sig(lambda input, dim=-1: None),
+        modules=(nn.GLU,),
+    ),
+    entry(
         "hardshrink",
         Kind.UNARY,
         F.hardshrink,
         sig(lambda input, lambd=0.5: None),
+        methods=spellings(("hardshrink",), lambda input, lambd=0.5: None),
         modules=(nn.Hardshrink,),
     ),
     entry(
@@ -107,7 +138,11 @@ ACTIVATION: Final = (
         functions=spellings((torch.clamp, torch.clip), lambda input, min=None, max=None: None)
         | spellings(
             (torch.clamp_, torch.clip_), lambda input, min=None, max=None: None, inplace=True
-        ),
+        )
+        | spellings((torch.clamp_min,), lambda input, min: None)
+        | spellings((torch.clamp_min_,), lambda input, min: None, inplace=True)
+        | spellings((torch.clamp_max,), lambda input, max: None)
+        | spellings((torch.clamp_max_,), lambda input, max: None, inplace=True),
         methods=spellings(("clamp", "clip"), lambda input, min=None, max=None: None)
         | spellings(("clamp_", "clip_"), lambda input, min=None, max=None: None, inplace=True)
         | spellings(("clamp_min",), lambda input, min: None)

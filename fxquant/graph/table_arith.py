@@ -67,4 +67,39 @@ ARITHMETIC: Final = (
             ("div_", "divide_"), lambda input, other, rounding_mode=None: None, inplace=True
         ),
     ),
+    *(
+        entry(
+            name,
+            Kind.ARITH,
+            target,
+            sig(lambda input, other: None),
+            tensors=_PAIR,
+            commutes=True,
+            methods=spellings((name,), lambda input, other: None),
+        )
+        for name, target in (("maximum", torch.maximum), ("minimum", torch.minimum))
+    ),
+    *(
+        entry(
+            name,
+            Kind.ARITH,
+            target,
+            sig(lambda input, tensor1, tensor2, *, value=1: None),
+            tensors=("input", "tensor1", "tensor2"),
+            methods=spellings((name,), lambda input, tensor1, tensor2, *, value=1: None)
+            | spellings(
+                (f"{name}_",), lambda input, tensor1, tensor2, *, value=1: None, inplace=True
+            ),
+        )
+        for name, target in (("addcmul", torch.addcmul), ("addcdiv", torch.addcdiv))
+    ),
+    entry(
+        "lerp",
+        Kind.ARITH,
+        torch.lerp,
+        sig(lambda input, end, weight: None),
+        tensors=("input", "end"),
+        methods=spellings(("lerp",), lambda input, end, weight: None)
+        | spellings(("lerp_",), lambda input, end, weight: None, inplace=True),
+    ),
 )

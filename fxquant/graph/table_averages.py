@@ -1,4 +1,4 @@
-"""Op table: averages over pixels and dimensions, and interpolation."""
+"""Op table: reductions over dimensions, averages over windows, and interpolation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,36 @@ def _adaptive(rank: int, target: Function, direct: Function, module: Any) -> Op:
         functions=spellings((direct,), lambda input, output_size: None),
         modules=(module,),
         tidy=one_way,
+    )
+
+
+def _lp_pool(rank: int, target: Function, module: Any) -> Op:
+    return entry(
+        f"lp_pool{rank}d",
+        Kind.ARITH,
+        target,
+        sig(lambda input, norm_type, kernel_size, stride=None, ceil_mode=False: None),
+        modules=(module,),
+        tidy=one_way,
+    )
+
+
+def _bare_dim(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``x.var(False)`` means ``unbiased``, not a dimension."""
+    if isinstance(arguments["dim"], bool):
+        return {**arguments, "dim": None, "unbiased": arguments["dim"]}
+    return arguments
+
+
+def _spread(name: str, target: Function) -> Op:
+    like = lambda input, dim=None, unbiased=True, keepdim=False: None
+    return entry(
+        name,
+        Kind.ARITH,
+        target,
+        sig(like),
+        methods=spellings((name,), like),
+        tidy=_bare_dim,
     )
 
 
@@ -68,20 +98,70 @@ AVERAGES: Final = (
         methods=spellings(("mean",), lambda input, dim=None, keepdim=False, dtype=None: None),
     ),
     entry(
+        "sum",
+        Kind.ARITH,
+        torch.sum,
+        sig(lambda input, dim=None, keepdim=False: None),
+        absorb={"dtype": (None,)},
+        functions=spellings((torch.sum,), lambda input, dim=None, keepdim=False, dtype=None: None),
+        methods=spellings(("sum",), lambda input, dim=None, keepdim=False, dtype=None: None),
+    ),
+    *(
+        entry(
+            name,
+            Kind.MOVE,
+            target,
+            sig(lambda input, dim=(), keepdim=False: None),
+            methods=spellings((name,), lambda input, dim=(), keepdim=False: None),
+        )
+        for name, target in (("amax", torch.amax), ("amin", torch.amin))
+    ),
+    _spread("var", torch.var),
+    _spread("std", torch.std),
+    entry(
+        "logsumexp",
+        Kind.ARITH,
+        torch.logsumexp,
+        sig(lambda input, dim, keepdim=False: None),
+        functions=spellings((torch.special.logsumexp,), lambda input, dim, keepdim=False: None),
+        methods=spellings(("logsumexp",), lambda input, dim, keepdim=False: None),
+    ),
+    entry(
+        "norm",
+        Kind.ARITH,
+        torch.norm,
+        sig(lambda input, p="fro", dim=None, keepdim=False: None),
+        absorb={"dtype": (None,), "out": (None,)},
+        functions=spellings(
+            (torch.norm,),
+            lambda input, p="fro", dim=None, keepdim=False, out=None, dtype=None: None,
+        ),
+        methods=spellings(
+            ("norm",), lambda input, p="fro", dim=None, keepdim=False, dtype=None: None
+        ),
+    ),
+    entry(
+        "vector_norm",
+        Kind.ARITH,
+        torch.linalg.vector_norm,
+        sig(lambda input, ord=2, dim=None, keepdim=False: None),
+        absorb={"dtype": (None,)},
+        functions=spellings(
+            (torch.linalg.vector_norm,),
+            lambda input, ord=2, dim=None, keepdim=False, *, dtype=None: None,
+        ),
+    ),
+    _lp_pool(1, F.lp_pool1d, nn.LPPool1d),
+    _lp_pool(2, F.lp_pool2d, nn.LPPool2d),
+    _lp_pool(3, F.lp_pool3d, nn.LPPool3d),
+    entry(
         "interpolate",
         Kind.ARITH,
         F.interpolate,
         sig(
-            lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None: (
-                None
-            )
-        ),
-        absorb={"antialias": (False,)},
-        functions=spellings(
-            (F.interpolate,),
             lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False: (
                 None
-            ),
+            )
         ),
         modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     ),

@@ -70,6 +70,7 @@ def plain(
     inplace: tuple[Function, ...] = (),
     method: bool = True,
     overwriting: bool = True,
+    alias: str = "",
 ) -> Op:
     """A unary op without options: ``f(input)``, ``f(input, inplace=)``, ``x.f()``, ``x.f_()``.
 
@@ -81,12 +82,15 @@ def plain(
         inplace: functions that overwrite their argument.
         method: whether tensors have the method.
         overwriting: whether they have the method that overwrites, too.
+        alias: another name of the method.
     """
     methods: dict[str, Any] = {}
     if method:
-        methods = spellings((name,), lambda input: None)
+        called = (name, alias) if alias else (name,)
+        methods = spellings(called, lambda input: None)
         if overwriting:
-            methods |= spellings((f"{name}_",), lambda input: None, inplace=True)
+            over = tuple(f"{each}_" for each in called)
+            methods |= spellings(over, lambda input: None, inplace=True)
     both = {
         **spellings((target, *more), lambda input, inplace=False: None),
         **spellings(inplace, lambda input: None, inplace=True),

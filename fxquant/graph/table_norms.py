@@ -21,6 +21,14 @@ class FunctionalBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch_norm needs at least 2 dimensions, got {input.dim()}")
 
 
+class FunctionalInstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    """An instance norm written as ``F.instance_norm``, which takes inputs of any rank."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` has a batch and any number of further dimensions, but one at least."""
+        return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
+
+
 def _build_batch_norm(given: Mapping[str, Any]) -> nn.Module:
     mean = given["running_mean"]
     module = FunctionalBatchNorm(
@@ -48,6 +56,20 @@ def _build_group_norm(given: Mapping[str, Any]) -> nn.Module:
     weight = given["weight"]
     module = nn.GroupNorm(given["num_groups"], weight.shape[0], eps=given["eps"], device="meta")
     return adopt(module, given, ("weight", "bias"))
+
+
+def _build_instance_norm(given: Mapping[str, Any]) -> nn.Module:
+    weight = given["weight"]
+    affine = weight is not None
+    channels = weight.shape[0] if affine else 0
+    module = FunctionalInstanceNorm(channels, eps=given["eps"], affine=affine, device="meta")
+    return adopt(module, given, ("weight", "bias")).eval()
+
+
+def _build_rms_norm(given: Mapping[str, Any]) -> nn.Module:
+    shape, affine = tuple(given["normalized_shape"]), given["weight"] is not None
+    module = nn.RMSNorm(shape, eps=given["eps"], elementwise_affine=affine, device="meta")
+    return adopt(module, given, ("weight",))
 
 
 _batch_norm = (
@@ -80,7 +102,7 @@ NORMS: Final = (
     ),
     entry(
         "layer_norm",
-        Kind.FLOAT,
+        Kind.ARITH,
         None,
         sig(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: None),
         tensors=("input", "weight", "bias"),
@@ -92,7 +114,7 @@ NORMS: Final = (
     ),
     entry(
         "group_norm",
-        Kind.FLOAT,
+        Kind.ARITH,
         None,
         sig(lambda input, num_groups, weight, bias=None, eps=1e-5: None),
         tensors=("input", "weight", "bias"),
@@ -101,5 +123,53 @@ NORMS: Final = (
         ),
         modules=(nn.GroupNorm,),
         build=_build_group_norm,
+    ),
+    entry(
+        "instance_norm",
+        Kind.ARITH,
+        None,
+        sig(lambda input, weight=None, bias=None, momentum=0.1, eps=1e-5: None),
+        tensors=("input", "weight", "bias"),
+        absorb={"running_mean": (None,), "running_var": (None,), "use_input_stats": (True,)},
+        functions=spellings(
+            (F.instance_norm,),
+            lambda input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5: (
+                None
+            ),
+        ),
+        modules=(
+            nn.InstanceNorm1d,
+            nn.InstanceNorm2d,
+            nn.InstanceNorm3d,
+            FunctionalInstanceNorm,
+        ),
+        build=_build_instance_norm,
+    ),
+    entry(
+        "rms_norm",
+        Kind.ARITH,
+        None,
+        sig(lambda input, normalized_shape, weight=None, eps=None: None),
+        tensors=("input", "weight"),
+        functions=spellings(
+            (F.rms_norm,), lambda input, normalized_shape, weight=None, eps=None: None
+        ),
+        modules=(nn.RMSNorm,),
+        build=_build_rms_norm,
+    ),
+    entry(
+        "normalize",
+        Kind.ARITH,
+        F.normalize,
+        sig(lambda input, p=2.0, dim=1, eps=1e-12: None),
+        absorb={"out": (None,)},
+        functions=spellings((F.normalize,), lambda input, p=2.0, dim=1, eps=1e-12, out=None: None),
+    ),
+    entry(
+        "local_response_norm",
+        Kind.ARITH,
+        F.local_response_norm,
+        sig(lambda input, size, alpha=1e-4, beta=0.75, k=1.0: None),
+        modules=(nn.LocalResponseNorm,),
     ),
 )

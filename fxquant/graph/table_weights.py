@@ -76,6 +76,10 @@ def _build_embedding(given: Mapping[str, Any]) -> nn.Module:
     return adopt(module, given, ("weight",))
 
 
+def _build_prelu(given: Mapping[str, Any]) -> nn.Module:
+    return adopt(nn.PReLU(given["weight"].numel(), device="meta"), given, ("weight",))
+
+
 def _conv(rank: int, functions: tuple[Function, ...], module: type[nn.Module]) -> Op:
     like = lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
     return entry(
@@ -153,6 +157,9 @@ WEIGHTED: Final = (
         None,
         sig(lambda input, weight: None),
         tensors=("input", "weight"),
+        functions=spellings((F.prelu,), lambda input, weight: None),
+        methods=spellings(("prelu",), lambda input, weight: None),
         modules=(nn.PReLU,),
+        build=_build_prelu,
     ),
 )

@@ -83,6 +83,8 @@ class Annotate(Pass):
             return "a batch norm in training mode changes with every batch"
         if op.name == "dropout":
             return "it is active dropout"
+        if op.name == "rrelu" and argument(node, "training"):
+            return "its slopes are drawn anew in every call"
         if op.name == "div" and isinstance(argument(node, "other"), Node):
             return "division by a tensor has no int8 form here"
         if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -103,7 +103,7 @@ class Canonicalize(Pass):
             return
         call = bind(*found, tuple(node.args), node.kwargs)
         if isinstance(call, Call):
-            call = _settle(call)
+            call = _settle(_divide(editor, node, call))
         if isinstance(call, Unreadable):
             editor.note_values(node, opaque=call.reason, value="unknown")
             return
@@ -112,6 +112,22 @@ class Canonicalize(Pass):
             editor.note_values(node, opaque=why, value="unknown")
             return
         _respell(editor, node, call)
+
+
+def _divide(editor: Editor, node: Node, call: Call) -> Call:
+    """``2 / x`` is ``reciprocal(x) * 2``, which is what PyTorch computes, too."""
+    if call.op.name != "div":
+        return call
+    number, tensor = call.arguments["input"], call.arguments["other"]
+    if _is_tensor(number) or not _is_tensor(tensor):
+        return call
+    reciprocal = op_named("reciprocal")
+    if number == 1 and not isinstance(number, Node):
+        return Call(reciprocal, {"input": tensor}, call.inplace)
+    with editor.rule("canonicalize"):
+        inverse = editor.call(reciprocal, (tensor,), like=node, before=node)
+    editor.note_values(inverse, value="tensor")
+    return Call(op_named("mul"), {"input": inverse, "other": number}, call.inplace)
 
 
 def _class(module: nn.Module) -> str:
@@ -162,17 +178,30 @@ def _settle(call: Call) -> Call | Unreadable:
         if given.get("alpha", 1) != 1 or not _is_tensor(other):
             return Unreadable(f"{op.name} of two numbers, or with a scaled constant")
         return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
+    reversed_ = _REVERSED.get(op.name)
+    if not _is_tensor(first) and reversed_ is not None and _is_tensor(given[reversed_[0]]):
+        return Call(op_named(reversed_[1]), reversed_[2](given), call.inplace)
+    if op.name == "rsub" and _is_tensor(given["other"]):
+        swapped = {"input": given["other"], "other": first, "alpha": given["alpha"]}
+        return Call(op_named("sub"), swapped, call.inplace)
     if not _is_tensor(first):
         return Unreadable(f"{op.name} of the constant {first!r}")
     if op.name == "reshape" and any(isinstance(side, torch.dtype) for side in _sides(given)):
         return Unreadable("view of other bits: x.view(dtype)")
-    if op.name == "softmax" and given["dim"] is None:
-        return Unreadable("softmax without dim: PyTorch guesses it from the rank in every call")
+    if op.name in ("softmax", "log_softmax") and given["dim"] is None:
+        return Unreadable(f"{op.name} without dim: PyTorch guesses it from the rank in every call")
     for name, value in given.items():
         if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Node):
             if info(value[0]).value == "sizes":
                 return Call(op, {**given, name: value[0]}, call.inplace)
     return call
+
+
+_REVERSED: Final[dict[str, tuple[str, str, Callable[[Mapping[str, Any]], dict[str, Any]]]]] = {
+    "sub": ("other", "rsub", lambda g: {"input": g["other"], "other": g["input"], "alpha": 1}),
+    "pow": ("exponent", "power_of", lambda g: {"input": g["exponent"], "base": g["input"]}),
+}
+"""``2 - x`` and ``2 ** x``: where the tensor stands, the op with it in front, its arguments."""
 
 
 def _sides(given: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -272,7 +301,12 @@ def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
     editor.note_values(node, value="tensor")
 
 
-_NEEDED: Final = {"batch_norm": "running_mean", "layer_norm": "normalized_shape"}
+_NEEDED: Final = {
+    "batch_norm": "running_mean",
+    "layer_norm": "normalized_shape",
+    "rms_norm": "normalized_shape",
+    "instance_norm": "eps",
+}
 """What a functional layer cannot do without, where that is not its weight."""
 
 

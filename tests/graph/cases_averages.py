@@ -18,6 +18,12 @@ def _avg_pool(rank: int, make: Callable[..., nn.Module]) -> Case:
     return Case((2, 4) + (8,) * rank, given, (Spelled(lambda: make(**given)),))
 
 
+def _lp_pool(rank: int, make: Callable[..., nn.Module]) -> Case:
+    given = {"norm_type": 3, "kernel_size": 3, "stride": 2, "ceil_mode": True}
+    module = Spelled(lambda: make(**given))
+    return Case((2, 4) + (8,) * rank, given, (module,), positive=True)
+
+
 def _pooled(make: Callable[..., nn.Module]) -> Spelled:
     return Spelled(lambda: make(3))
 
@@ -28,6 +34,7 @@ _NEAREST: Final[dict[str, Any]] = {
     "mode": "nearest",
     "align_corners": None,
     "recompute_scale_factor": None,
+    "antialias": False,
 }
 
 AVERAGES: Final[dict[str, Case]] = {
@@ -55,6 +62,18 @@ AVERAGES: Final[dict[str, Case]] = {
             ("avg", 2, nn.AdaptiveAvgPool2d),
             ("avg", 3, nn.AdaptiveAvgPool3d),
         )
+    },
+    "sum": Case(options={"dim": (1, 2), "keepdim": True}),
+    "amax": Case(options={"dim": (1, 2), "keepdim": True}),
+    "amin": Case(options={"dim": (1, 2), "keepdim": True}),
+    "var": Case(options={"dim": (1, 2), "unbiased": False, "keepdim": True}),
+    "std": Case(options={"dim": (1, 2), "unbiased": False, "keepdim": True}),
+    "logsumexp": Case(options={"dim": (1, 2), "keepdim": True}),
+    "norm": Case(options={"p": 1, "dim": (1, 2), "keepdim": True}),
+    "vector_norm": Case(options={"ord": 3, "dim": (1, 2), "keepdim": True}),
+    **{
+        f"lp_pool{rank}d": _lp_pool(rank, make)
+        for rank, make in ((1, nn.LPPool1d), (2, nn.LPPool2d), (3, nn.LPPool3d))
     },
     "mean": Case(options={"dim": (1, 2), "keepdim": True}),
 }

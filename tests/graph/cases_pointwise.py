@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -45,18 +46,40 @@ POINTWISE: Final[dict[str, Case]] = {
     "clamp": Case(
         options={"min": -0.5, "max": 0.25},
         only={
-            name: {"min": -0.5, "max": None} if "min" in name else {"min": None, "max": 0.25}
-            for name in ("clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
+            **{
+                key: {"min": -0.5, "max": None}
+                for key in ("clamp_min", "clamp_min_", torch.clamp_min, torch.clamp_min_)
+            },
+            **{
+                key: {"min": None, "max": 0.25}
+                for key in ("clamp_max", "clamp_max_", torch.clamp_max, torch.clamp_max_)
+            },
         },
     ),
     **{
         name: Case(positive=True)
         for name in (
             *("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "abs", "neg", "erf"),
-            *("sin", "cos", "reciprocal"),
+            *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "atanh"),
+            *("exp2", "log2", "log10", "sign", "ceil", "floor", "trunc", "frac", "erfc", "erfinv"),
+            *("sinc", "lgamma", "deg2rad", "rad2deg", "positive", "reciprocal"),
         )
     },
+    "acosh": Case(above_one=True),
+    "round": Case(options={"decimals": 1}),
+    "logit": Case(options={"eps": 0.2}),
+    "nan_to_num": Case(options={"nan": 0.5, "posinf": 2.0, "neginf": -2.0}),
+    "rrelu": Case(
+        options={"lower": 0.1, "upper": 0.3, "training": False},
+        modules=(
+            Spelled(lambda: nn.RReLU(0.1, 0.3)),
+            Spelled(lambda: nn.RReLU(0.1, 0.3, inplace=True)),
+        ),
+    ),
+    "glu": Case(options={"dim": 1}, modules=(Spelled(lambda: nn.GLU(1)),)),
     "pow": Case(options={"exponent": 2}),
+    "power_of": Case(options={"base": 2}),
+    "rsub": Case(options={"other": 2, "alpha": 0.5}),
     "add": Case(
         options={"alpha": 0.5}, only={f: {"alpha": 1} for f in (operator.add, operator.iadd)}
     ),
@@ -65,8 +88,20 @@ POINTWISE: Final[dict[str, Case]] = {
     ),
     "mul": Case(),
     "div": Case(positive=True),
+    "maximum": Case(),
+    "minimum": Case(),
+    "addcmul": Case(options={"value": 0.5}),
+    "addcdiv": Case(options={"value": 0.5}, positive=True),
+    "lerp": Case(options={"weight": 0.25}),
     "matmul": Case(shape=(2, 4, 4)),
-    "softmax": Case(options={"dim": 1}, modules=(Spelled(lambda: nn.Softmax(1)),)),
+    "softmax": Case(
+        options={"dim": 1},
+        modules=(
+            Spelled(lambda: nn.Softmax(1)),
+            Spelled(lambda: nn.Softmax2d(), (2, 4, 3, 3), {"dim": -3}),
+        ),
+    ),
+    "log_softmax": Case(options={"dim": 1}, modules=(Spelled(lambda: nn.LogSoftmax(1)),)),
     "dropout": Case(
         options={"p": 0.5, "training": False},
         modules=(

@@ -75,5 +75,24 @@ WEIGHTS: Final[dict[str, Case]] = {
         modules=(Spelled(lambda: nn.Embedding(5, 3, padding_idx=1)),),
         parameters={"weight": (5, 3)},
     ),
-    "prelu": Case(modules=(Spelled(lambda: nn.PReLU(4)),)),
+    "instance_norm": Case(
+        options={"momentum": 0.1, "eps": 1e-3},
+        modules=(
+            Spelled(lambda: nn.InstanceNorm1d(4, eps=1e-3), (2, 4, 5)),
+            Spelled(lambda: nn.InstanceNorm2d(4, eps=1e-3, affine=True), (2, 4, 5, 5)),
+            Spelled(lambda: nn.InstanceNorm3d(4, eps=1e-3), (2, 4, 3, 3, 3)),
+        ),
+        parameters={"weight": (4,), "bias": (4,)},
+    ),
+    "rms_norm": Case(
+        options={"normalized_shape": (6,), "eps": 1e-3},
+        modules=(Spelled(lambda: nn.RMSNorm(6, eps=1e-3)),),
+        parameters={"weight": (6,)},
+    ),
+    "normalize": Case(options={"p": 1.5, "dim": 2, "eps": 1e-3}),
+    "local_response_norm": Case(
+        options={"size": 3, "alpha": 0.01, "beta": 0.5, "k": 2.0},
+        modules=(Spelled(lambda: nn.LocalResponseNorm(3, 0.01, 0.5, 2.0)),),
+    ),
+    "prelu": Case(modules=(Spelled(lambda: nn.PReLU(4)),), parameters={"weight": (4,)}),
 }

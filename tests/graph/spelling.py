@@ -36,6 +36,7 @@ class Case:
         modules: modules that spell the op.
         parameters: shapes of the tensors of an op with parameters, by argument name.
         positive: inputs lie in 0.1 to 0.9.
+        above_one: inputs lie in 1.1 to 1.9.
         gone: canonical form drops the call.
         joins: how many tensors a join takes.
         only: function or method to the options that it can say.
@@ -47,6 +48,7 @@ class Case:
     modules: tuple[Spelled, ...] = ()
     parameters: dict[str, Shape] = field(default_factory=dict)
     positive: bool = False
+    above_one: bool = False
     gone: bool = False
     joins: int = 0
     only: dict[Any, dict[str, Any]] = field(default_factory=dict)

@@ -24,10 +24,10 @@ from fxquant.graph.op_table import (
     op_names,
 )
 from fxquant.graph.ops import Kind, Op
-from fxquant.graph.table_norms import FunctionalBatchNorm
+from fxquant.graph.table_norms import FunctionalBatchNorm, FunctionalInstanceNorm
 from tests.graph.spelling import Case
 from tests.graph.spelling_cases import CASES
-from tests.helpers import One, Two, canonical, check_eager, names, nodes, options
+from tests.helpers import One, Three, Two, canonical, check_eager, names, nodes, options
 
 _BOUNDARIES = {op.name for op in map(op_named, op_names()) if op.kind is Kind.BOUNDARY}
 _WORDS: dict[Any, dict[str, str]] = {
@@ -90,7 +90,9 @@ def _inputs(op: Op, case: Case, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         return (torch.tensor([[0, 4, 1], [3, 2, 2]]),)
     own = 1 if op.target is None else len(op.tensors)
     drawn = [torch.randn(shape) for _ in range(case.joins or own)]
-    return tuple(x.abs().clamp(0.1, 0.9) if case.positive else x for x in drawn)
+    if case.positive or case.above_one:
+        return tuple(x.abs().clamp(0.1, 0.9) + float(case.above_one) for x in drawn)
+    return tuple(drawn)
 
 
 def _model(op: Op, case: Case, cell: Cell) -> nn.Module:
@@ -98,7 +100,8 @@ def _model(op: Op, case: Case, cell: Cell) -> nn.Module:
     if cell.kind == "module":
         module = case.modules[cell.key].make()
         if cell.style == "keyword":
-            return One(lambda self, x: self.part(input=x), part=module)
+            word = next(iter(inspect.signature(module.forward).parameters))
+            return One(lambda self, x: self.part(**{word: x}), part=module)
         return One(lambda self, x: self.part(x), part=module)
     shapes = case.parameters.items()
     parts = {name: nn.Parameter(torch.rand(shape) + 0.5) for name, shape in shapes}
@@ -109,6 +112,8 @@ def _model(op: Op, case: Case, cell: Cell) -> nn.Module:
     held = list(parts)
     if len(own) == 2:
         return Two(lambda self, x, y: write(dict(zip(own, (x, y), strict=True))))
+    if len(own) == 3:
+        return Three(lambda self, x, y, z: write(dict(zip(own, (x, y, z), strict=True))))
     return One(lambda self, x: write({own[0]: x, **{n: getattr(self, n) for n in held}}), **parts)
 
 
@@ -183,7 +188,7 @@ def test_every_module_class_has_a_case() -> None:
     for op in OPS:
         made = {type(spelled.make()) for spelled in CASES[op.name].modules}
         # What canonicalizing F.batch_norm itself makes; the matrix has F.batch_norm.
-        wanted = set(op.modules) - {FunctionalBatchNorm}
+        wanted = set(op.modules) - {FunctionalBatchNorm, FunctionalInstanceNorm}
         assert made == wanted, f"{op.name}: cases of {made}, spellings {wanted}"
 
 

@@ -60,12 +60,12 @@ def test_what_has_an_int8_form(body: Body) -> None:
         (lambda m, x: x * x.size(0), "%size is a number computed in every call"),
         (lambda m, x: x.clamp(max=x.size(0)), "its options are computed in every call"),
         (lambda m, x: F.conv2d(x, x[:, :, :1, :1]), "computed by %getitem in every call"),
-        (lambda m, x: m.lstm(x), "no int8 form of LPPool2d known"),
+        (lambda m, x: m.lstm(x), "no int8 form of CrossMapLRN2d known"),
         (lambda m, x: x.size(0), "it answers a question about a shape"),
     ],
 )
 def test_what_has_none_and_why(body: Body, reason: str) -> None:
-    found = why(body, lstm=nn.LPPool2d(2, 2))
+    found = why(body, lstm=nn.CrossMapLRN2d(3))
     texts = [text for int8, text in found.values() if not int8]
     if "question" in reason:
         assert found == {}

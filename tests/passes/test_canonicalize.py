@@ -89,10 +89,27 @@ def test_a_tensor_comes_first_where_order_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [lambda m, x: 2 - x, lambda m, x: 2 / x, lambda m, x: torch.add(2, x, alpha=3)]
+    ("body", "ops"),
+    [
+        (lambda m, x: 2 - x, ["rsub"]),
+        (lambda m, x: 2**x, ["power_of"]),
+        (lambda m, x: torch.pow(0.5, x), ["power_of"]),
+        (lambda m, x: 1 / x, ["reciprocal"]),
+        (lambda m, x: 2 / x, ["reciprocal", "mul"]),
+        (lambda m, x: torch.rsub(x, 3, alpha=2), ["rsub"]),
+        (lambda m, x: torch.rsub(x, x.abs(), alpha=2), ["abs", "sub"]),
+    ],
 )
-def test_a_constant_that_must_stand_first_stays_as_written(body: Body) -> None:
+def test_a_constant_that_stands_first_has_an_op_of_its_own(body: Body, ops: list[str]) -> None:
     x = torch.rand(3) + 0.1
+    module = canonical(One(body), x)
+    assert names(module) == ops
+    check_eager(One(body), module, x)
+
+
+def test_a_constant_that_must_stand_first_stays_as_written() -> None:
+    x = torch.rand(3) + 0.1
+    body: Body = lambda m, x: torch.add(2, x, alpha=3)  # noqa: E731
     module = canonical(One(body), x)
     assert "constant" in info(nodes(module)[0]).opaque
     check_eager(One(body), module, x)
@@ -291,7 +308,7 @@ def test_functional_layers_become_modules_that_own_the_users_parameters() -> Non
         (lambda m, x: F.batch_norm(x, None, None, training=True), "training=True"),
         (lambda m, x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode='floor'"),
         (lambda m, x: torch.cumsum(x, 1), "the op table does not know cumsum"),
-        (lambda m, x: m.custom(x), "no int8 form of LPPool2d known"),
+        (lambda m, x: m.custom(x), "no int8 form of CrossMapLRN2d known"),
         (lambda m, x: m.hooked(x), "forward hooks"),
         (lambda m, x: m.indices(x)[0], "returns indices"),
         (lambda m, x: F.softmax(x), "softmax"),
@@ -304,7 +321,7 @@ def test_what_has_no_canonical_form_keeps_its_spelling_and_says_why(body: Body, 
     hooked = nn.ReLU()
     hooked.register_forward_hook(lambda module, inputs, output: output + 1)
     model = One(body, hooked=hooked, indices=nn.MaxPool2d(2, return_indices=True))
-    model.custom = nn.LPPool2d(2, 2)
+    model.custom = nn.CrossMapLRN2d(3)
     model.softmax = nn.Softmax()
     x = torch.randn(2, 2, 4, 4)
     module = canonical(model, x)

@@ -26,6 +26,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+SHIFTED = ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "acosh")
+SQUEEZED = ("asin", "acos", "atanh", "erfinv")
+
+
 def image(layer: str) -> Tensor:
     return torch.randn(2, 4, *(7, 6, 5)[: int(layer[-2])])
 
@@ -34,10 +38,18 @@ def activation(name: str) -> Callable[[Any], Any]:
     """A call of the canonical op, safe on any real number."""
     op, options = op_named(name), CASES[name].options
     assert op.target is not None
-    positive = name in ("log", "log1p", "sqrt", "rsqrt", "reciprocal")
     target: Callable[..., Any] = op.target
-    # Squares plus one would hide the sign; adding 20 keeps these in their domain.
-    return (lambda y: target(y + 20, **options)) if positive else (lambda y: target(y, **options))
+    if name in SHIFTED:
+        # Squares plus one would hide the sign; adding 20 keeps these in their domain.
+        return lambda y: target(y + 20, **options)
+    if name in SQUEEZED:
+        return lambda y: target(y.sigmoid(), **options)
+    return lambda y: target(y, **options)
+
+
+def before(name: str) -> list[str]:
+    """The op that :func:`activation` puts in front of one that is not defined everywhere."""
+    return ["add"] if name in SHIFTED else ["sigmoid"] if name in SQUEEZED else []
 
 
 def test_every_unary_op_ends_a_unit() -> None:
@@ -51,9 +63,8 @@ def test_every_unary_op_ends_a_unit() -> None:
 def test_every_activation_after_a_convolution(name: str) -> None:
     act = activation(name)
     model = One(lambda m, x: act(m.conv(x)), conv=LAYERS["conv2d"]()).eval()
-    shifted = name in ("log", "log1p", "sqrt", "rsqrt", "reciprocal")
-    ops = ["conv2d", "add", name] if shifted else ["conv2d", name]
-    check_rule(model, image("conv2d"), ops=ops, unit=not shifted)
+    first = before(name)
+    check_rule(model, image("conv2d"), ops=["conv2d", *first, name], unit=not first)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
