@@ -34,7 +34,7 @@ from fxquant.errors import (
 )
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
-from fxquant.numerics.observers import Observer
+from fxquant.numerics.observers import Observer, summaries
 from fxquant.passes.base import Pass
 from fxquant.patterns.rule import Rule
 from fxquant.pipeline import first_snapshot
@@ -247,7 +247,7 @@ def convert(
     made = copy.copy(record)
     made.snapshots = list(record.snapshots)
     made.backend = chosen.name
-    made.observers = tuple(observer.summary() for observer in observers if observer.seen)
+    made.observers = summaries([observer for observer in observers if observer.seen])
     made.unseen = tuple(observer.path for observer in observers if not observer.seen)
     # After the summaries: the copy takes along the ranges they found.
     converted = _working_copy(prepared)

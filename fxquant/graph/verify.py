@@ -192,8 +192,7 @@ def _wrong_overwrite(node: Node) -> str | None:
     source = node.args[place]
     if not isinstance(source, Node) or source.op in ("placeholder", "get_attr"):
         return "it overwrites something that is not the model's own"
-    order = {n: i for i, n in enumerate(node.graph.nodes)} if len(source.users) > 1 else {}
-    late = [user for user in source.users if user is not node and order[user] > order[node]]
+    late = [user for user in source.users if user > node]
     return f"it overwrites %{source.name}, which %{late[0].name} reads later" if late else None
 
 

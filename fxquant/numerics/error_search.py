@@ -14,6 +14,9 @@ bin width and step. G is this simple because 0 always is a code.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -26,6 +29,65 @@ from fxquant.spec import QSpec
 _COARSE: Final = tuple(2.0 ** (-i / 2) for i in range(21))
 _ZOOMS: Final = (1 / 6, 1 / 24)
 _COARSE_BINS: Final = 128
+_WIDTHS: Final = (16, 32, 64, 136, 256, 512, 1032, 2056)
+"""To how many edges histograms are padded: few lengths, so that many are searched together."""
+
+_AT_ONCE: Final = 2**16
+"""How many numbers are worked on together: half a megabyte stays in the cache."""
+
+
+@dataclass(frozen=True)
+class _Jumps:
+    """Histograms as the edges at which their density jumps; all else cancels out.
+
+    Args:
+        edges: [B, N] float64, padded.
+        jumps: [B, N] float64, by how much the density drops there; 0 where padded.
+    """
+
+    edges: Tensor
+    jumps: Tensor
+
+    def error(self, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
+        """The summed squared error, [B, M], of quantizing each histogram with M ranges, [B, M].
+
+        Every step is rounded for itself and every sum has one of a few lengths, so the result
+        for one histogram does not depend on which others are worked on with it.
+        """
+        scale, zero_point = steps_from_range(low, high, spec)
+        step = scale.to(torch.float64).unsqueeze(2)
+        least = (spec.quant_min - zero_point).unsqueeze(2) * step
+        most = (spec.quant_max - zero_point).unsqueeze(2) * step
+        edges = self.edges.unsqueeze(1)
+        # Two calls in place take half the time of clamp().
+        inside = torch.maximum(edges, least)
+        torch.minimum(inside, most, out=inside)
+        total = (edges - inside).pow_(3)
+        code = (inside * step.reciprocal()).round_()
+        total.add_(inside.sub_(code * step).pow_(3)).add_(code.mul_(step**3 / 4))
+        return total.mul_(self.jumps.unsqueeze(1)).sum(2) / 3
+
+
+def _jumps(counts: Tensor, edges: Tensor) -> tuple[_Jumps, list[int]]:
+    """Sum by parts; also says to which of ``_WIDTHS`` each row was filled.
+
+    Summing c (G(b) - G(a)) by parts needs G only once per edge, and only where density jumps: a
+    small tensor fills few of the bins.
+    """
+    density = counts / edges.diff()
+    jump = torch.nn.functional.pad(density, (1, 0)) - torch.nn.functional.pad(density, (0, 1))
+    row, column = (jump != 0).nonzero().unbind(1)
+    used = torch.bincount(row, minlength=len(jump))
+    place = torch.arange(len(row)) - (used.cumsum(0) - used)[row]
+    filled = used.tolist()
+    packed = jump.new_zeros(2, len(jump), _padded(max(filled)))
+    packed[0, row, place] = edges[row, column]
+    packed[1, row, place] = jump[row, column]
+    return _Jumps(packed[0], packed[1]), [_padded(count) for count in filled]
+
+
+def _padded(count: int) -> int:
+    return next((width for width in _WIDTHS if width >= count), -8 * (-count // 8))
 
 
 def expected_error(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
@@ -38,22 +100,8 @@ def expected_error(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, spe
         high: [M] float64, at least 0, the upper ends.
         spec: dtype, bits and symmetry.
     """
-    scale, zero_point = steps_from_range(low, high, spec)
-    step = scale.to(torch.float64).unsqueeze(1)
-    least = (spec.quant_min - zero_point).unsqueeze(1) * step
-    most = (spec.quant_max - zero_point).unsqueeze(1) * step
-    # Summing c (G(b) - G(a)) by parts needs G only once per edge, and only where density jumps:
-    # a small tensor fills few of the bins.
-    density = counts / edges.diff()
-    jump = torch.nn.functional.pad(density, (1, 0)) - torch.nn.functional.pad(density, (0, 1))
-    edges, jump = edges[jump != 0], jump[jump != 0]
-    inside = edges.clamp(least, most)
-    over = edges - inside
-    code = (inside / step).round_()
-    rest = inside.addcmul_(code, step, value=-1.0)
-    total = code.mul_(step**3 / 12)
-    total.add_(rest.pow_(3), alpha=1 / 3).add_(over.pow_(3), alpha=1 / 3)
-    return total @ jump
+    jumps, _ = _jumps(counts.unsqueeze(0), edges.unsqueeze(0))
+    return jumps.error(low.unsqueeze(0), high.unsqueeze(0), spec)[0]
 
 
 def search_range(
@@ -68,34 +116,90 @@ def search_range(
         high: the true maximum, at least 0.
         spec: dtype, bits and symmetry.
     """
+    ends = torch.tensor([[low], [high]], dtype=torch.float64)
+    found = search_ranges(counts.unsqueeze(0), edges.unsqueeze(0), ends[0], ends[1], spec)
+    return float(found[0]), float(found[1])
+
+
+def search_ranges(
+    counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, spec: QSpec
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`search_range` does for each of B histograms, to the last bit.
+
+    Args:
+        counts: [B, K] float64, how many values each bin holds, without the exact zeros.
+        edges: [B, K + 1] float64, ascending.
+        low: [B] float64, the true minima, at most 0.
+        high: [B] float64, the true maxima, at least 0.
+        spec: dtype, bits and symmetry.
+
+    Example:
+        >>> edges = torch.arange(257.0).double().expand(2, 257)
+        >>> ends = torch.zeros(2).double(), torch.tensor([200.0, 100.0]).double()
+        >>> search_ranges(torch.zeros(2, 256).double(), edges, *ends, QSpec())[1].tolist()
+        [200.0, 100.0]
+    """
     if spec.symmetric:
-        low, high = -max(-low, high), max(-low, high)
-    lows = torch.tensor([*_COARSE, 0.0] if low else [0.0], dtype=torch.float64)
-    highs = torch.tensor([*_COARSE, 0.0] if high else [0.0], dtype=torch.float64)
-    group = max(1, counts.numel() // _COARSE_BINS)
-    best = _best_pair(counts.view(-1, group).sum(1), edges[::group], lows, highs, (low, high), spec)
-    for zoom in _ZOOMS:
-        around = torch.arange(-3, 4, dtype=torch.float64).mul_(-zoom).exp2_()
-        lows, highs = ((around * share).clamp_(max=1.0).unique() for share in best)
-        best = _best_pair(counts, edges, lows.flip(0), highs.flip(0), (low, high), spec)
-    return best[0] * low, best[1] * high
+        high = torch.maximum(-low, high)
+        low = -high
+    group = max(1, counts.shape[1] // _COARSE_BINS)
+    shares = torch.ones(2, len(counts), dtype=torch.float64)
+    sides = list(zip((low != 0).tolist(), (high != 0).tolist(), strict=True))
+    merged = counts.view(len(counts), -1, group).sum(2)
+    steps = (0.0, *_ZOOMS)
+    views = (_jumps(merged, edges[:, ::group]), *[_jumps(counts, edges)] * len(_ZOOMS))
+    for zoom, (jumps, widths) in zip(steps, views, strict=True):
+        for rows, side, width in _alike(sides, widths, spec.symmetric):
+            some = _Jumps(jumps.edges[rows, :width], jumps.jumps[rows, :width])
+            tried = _candidates(shares[:, rows], side, zoom, spec.symmetric)
+            error = some.error(tried[0] * low[rows, None], tried[1] * high[rows, None], spec)
+            # Of equals the first, which is the widest.
+            best = error.masked_fill_(tried.sum(0) == 0, math.inf).argmin(1)
+            shares[:, rows] = tried[:, torch.arange(len(rows)), best]
+    return shares[0] * low, shares[1] * high
 
 
-def _best_pair(
-    counts: Tensor,
-    edges: Tensor,
-    lows: Tensor,
-    highs: Tensor,
-    full: tuple[float, float],
-    spec: QSpec,
-) -> tuple[float, float]:
-    """Try every pair of shares of the full range; of equals the first, which is the widest."""
-    same = spec.symmetric
-    pairs = torch.stack((highs, highs), 1) if same else torch.cartesian_prod(lows, highs)
-    pairs = pairs[pairs.sum(1) > 0]
-    error = expected_error(counts, edges, pairs[:, 0] * full[0], pairs[:, 1] * full[1], spec)
-    share_low, share_high = pairs[int(error.argmin())].tolist()
-    return share_low, share_high
+def _alike(
+    sides: list[tuple[bool, bool]], widths: list[int], symmetric: bool
+) -> Iterator[tuple[list[int], tuple[bool, bool], int]]:
+    """Rows that are searched together, with their sides (is there a low, a high) and width."""
+    groups: dict[tuple[tuple[bool, bool], int], list[int]] = {}
+    for row, (side, width) in enumerate(zip(sides, widths, strict=True)):
+        if any(side):
+            groups.setdefault((side, width), []).append(row)
+    for (side, width), rows in groups.items():
+        tried = (len(_COARSE) + 1) ** (sum(side) if not symmetric else 1)
+        count = max(1, _AT_ONCE // (tried * width))
+        for start in range(0, len(rows), count):
+            yield rows[start : start + count], side, width
+
+
+def _candidates(best: Tensor, side: tuple[bool, bool], zoom: float, symmetric: bool) -> Tensor:
+    """Shares of the full range to try, [low and high, R, M], wider ones first.
+
+    Args:
+        best: [2, R], the shares found so far.
+        side: whether the range reaches below 0, and above.
+        zoom: the step between neighbours in octaves; 0 for the whole coarse ladder.
+        symmetric: whether both ends have the same share.
+    """
+    ladder = torch.tensor([*_COARSE, 0.0], dtype=torch.float64).expand(best.shape[1], -1)
+    around = torch.arange(-3, 4, dtype=torch.float64).mul_(-zoom).exp2_()
+    ends = [
+        torch.zeros(len(share), 1, dtype=torch.float64)
+        if not there
+        else (share.unsqueeze(1) * around).clamp_(max=1.0)
+        if zoom
+        else ladder
+        for share, there in zip(best, side, strict=True)
+    ]
+    if best.shape[1] == 1:
+        # Several that were cut down to the full range are one and the same.
+        ends = [shares[:, max(0, int((shares == 1.0).sum()) - 1) :] for shares in ends]
+    if symmetric:
+        return torch.stack((ends[1], ends[1]))
+    pairs = torch.broadcast_tensors(ends[0].unsqueeze(2), ends[1].unsqueeze(1))
+    return torch.stack([shares.flatten(1) for shares in pairs])
 
 
 def weight_qparams(w: Tensor, spec: QSpec, axis: int) -> QParams:

@@ -10,15 +10,17 @@ sides of 0, for the many zeros of a ReLU, which are represented exactly and caus
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigError
-from fxquant.numerics.error_search import search_range
+from fxquant.numerics.error_search import search_ranges
 from fxquant.numerics.observer import CHUNK, Observer
-from fxquant.numerics.qparams import QParams
+from fxquant.numerics.qparams import QParams, choose_many
 from fxquant.spec import QSpec
 
 BINS: Final = 2048
@@ -28,8 +30,28 @@ WHOLE: Final = 2**17
 SAMPLED: Final = 2**20
 """The largest sample; up to three times as many values it is every third."""
 
+_TOGETHER: Final = 64
+"""How many histograms are searched at a time: together they take a megabyte."""
+
 _REPORT_BINS: Final = 64
 _SMALLEST_EXPONENT: Final = -126  # Its reciprocal is the largest power of two that float32 has.
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a histogram tells once it is full.
+
+    Args:
+        key: what it had counted by then.
+        qparams: those of the range of least error.
+        clipped: share of the values outside that range by more than half a step.
+        counts: the values in each of 64 equal bins, for reports.
+    """
+
+    key: tuple[object, ...]
+    qparams: QParams
+    clipped: float
+    counts: tuple[int, ...]
 
 
 class HistogramObserver(Observer):
@@ -62,7 +84,7 @@ class HistogramObserver(Observer):
 
     def __init__(self, spec: QSpec, path: str, axis: int | None = None) -> None:
         super().__init__(spec, path, axis)
-        self._chosen: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
+        self._found: _Findings | None = None
         if self.axis is not None:
             raise ConfigError(
                 f"{path}: the histogram observer has one scale per tensor; for one per channel "
@@ -101,52 +123,113 @@ class HistogramObserver(Observer):
         self.bins.zero_().index_add_(0, place - first, counts)
         self.grid.copy_(torch.tensor([exponent, first]))
 
-    def _chosen_range(self) -> tuple[Tensor, Tensor]:
-        # The search costs milliseconds, and reports ask again for what conversion has found.
-        key = tuple(self.tally.tolist())
-        if self._chosen is None or self._chosen[0] != key:
-            self._chosen = (key, self._search())
-        return self._chosen[1]
+    def qparams(self) -> QParams:
+        """Choose the qparams of least squared error for everything seen so far.
 
-    def _search(self) -> tuple[Tensor, Tensor]:
-        low, high = min(float(self.low), 0.0), max(float(self.high), 0.0)
-        counts, edges = self.histogram()
-        # Bin 0 holds the zeros: whatever the range, they cost nothing.
-        counts[(edges[:-1] < 0.0) & (edges[1:] > 0.0)] = 0.0
-        if low < high:
-            low, high = search_range(counts, edges, low, high, self.spec)
-        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        self._need_values()
+        return self._findings().qparams
+
+    def _findings(self) -> _Findings:
+        # The search costs a millisecond, and reports ask again for what conversion has found.
+        if self._found is None or self._found.key != self._key():
+            search_together((self,))
+        assert self._found is not None
+        return self._found
+
+    def _key(self) -> tuple[object, ...]:
+        return (*self.tally.tolist(), self.spec)
 
     def histogram(self) -> tuple[Tensor, Tensor]:
         """Return counts [2048] and their edges [2049], float64, on the CPU."""
-        exponent, first = self.grid.tolist()
-        places = torch.arange(first, first + BINS + 1, dtype=torch.float64)
-        # Bin 0 reaches down to -1, and so every bin below it lies one lower than its number.
-        places[places <= 0] -= 1
-        return self.bins.cpu().to(torch.float64), places * math.ldexp(1.0, exponent)
+        counts, edges = _histograms((self,))
+        return counts[0], edges[0]
 
     def _clipped(self, qparams: QParams, counted: float) -> float:
-        del counted
-        counts, edges = self.histogram()
-        # The outermost bins reach beyond the data: what is spread over them must not.
-        edges = edges.clamp(float(self.low), float(self.high))
-        half = qparams.scale_value / 2
-        low, high = (float(end) for end in qparams.representable())
-        inside = edges.clamp(low - half, high + half).diff() / edges.diff()
-        # A bin without width is that of a constant, which no range chosen from it leaves out.
-        inside = inside.where(edges.diff() > 0, 1.0)
-        return max(0.0, 1.0 - float((counts * inside).sum() / counts.sum()))
+        del qparams, counted
+        return self._findings().clipped
 
     def _report_counts(self) -> tuple[int, ...]:
-        counts, edges = self.histogram()
-        low, high = float(self.low), float(self.high)
-        if low == high:
-            return (int(counts.sum()),)
-        middle = (edges[:-1] + edges[1:]) / 2
-        place = ((middle - low) / (high - low) * _REPORT_BINS).floor().clamp(0, _REPORT_BINS - 1)
-        merged = torch.zeros(_REPORT_BINS, dtype=torch.float64)
-        merged.index_add_(0, place.to(torch.int64), counts)
-        return tuple(int(n) for n in merged.tolist())
+        return self._findings().counts
+
+
+def search_together(observers: Iterable[HistogramObserver]) -> None:
+    """Search the ranges of many observers at once, each as it would be alone, to the last bit.
+
+    One search is some hundred small tensor operations; together they share those. What is found
+    is kept by the observers, who are asked for it as before.
+
+    Args:
+        observers: those that saw nothing, or nothing new since the last search, are passed over.
+    """
+    alike: dict[QSpec, list[HistogramObserver]] = {}
+    for observer in observers:
+        key = observer._key()
+        if observer.seen and (observer._found is None or observer._found.key != key):
+            alike.setdefault(observer.spec, []).append(observer)
+    for spec, group in alike.items():
+        for start in range(0, len(group), _TOGETHER):
+            _search(group[start : start + _TOGETHER], spec)
+
+
+def _search(observers: Sequence[HistogramObserver], spec: QSpec) -> None:
+    counts, edges = _histograms(observers)
+    ends = [torch.stack((o.low, o.high)).flatten().tolist() for o in observers]
+    low, high = torch.tensor(ends, dtype=torch.float64).unbind(1)
+    # Bin 0 holds the zeros: whatever the range, they cost nothing.
+    weighed = counts.masked_fill((edges[:, :-1] < 0.0) & (edges[:, 1:] > 0.0), 0.0)
+    found = search_ranges(weighed, edges, low.clamp(max=0.0), high.clamp(min=0.0), spec)
+    chosen = choose_many(*found, spec)
+    clipped = _clipped(counts, edges, (low, high), chosen).tolist()
+    merged = _report_counts(counts, edges, low, high)
+    for place, observer in enumerate(observers):
+        observer._found = _Findings(observer._key(), chosen[place], clipped[place], merged[place])
+
+
+def _histograms(observers: Sequence[HistogramObserver]) -> tuple[Tensor, Tensor]:
+    """Counts [B, 2048] and edges [B, 2049] of several observers, float64, on the CPU."""
+    grids = [observer.grid.tolist() for observer in observers]
+    first = torch.tensor([[grid[1]] for grid in grids], dtype=torch.float64)
+    wide = torch.tensor([[math.ldexp(1.0, grid[0])] for grid in grids], dtype=torch.float64)
+    places = first + torch.arange(BINS + 1, dtype=torch.float64)
+    # Bin 0 reaches down to -1, and so every bin below it lies one lower than its number.
+    places -= (places <= 0).to(torch.float64)
+    counts = torch.stack([observer.bins.cpu() for observer in observers])
+    return counts.to(torch.float64), places * wide
+
+
+def _clipped(
+    counts: Tensor, edges: Tensor, seen: tuple[Tensor, Tensor], chosen: Sequence[QParams]
+) -> Tensor:
+    """The share [B] of the values that lie outside the chosen range by more than half a step."""
+    # The outermost bins reach beyond the data: what is spread over them must not.
+    edges = edges.clamp(seen[0].unsqueeze(1), seen[1].unsqueeze(1))
+    half = torch.tensor([[qparams.scale_value / 2] for qparams in chosen], dtype=torch.float64)
+    low, high = (
+        torch.stack(ends) for ends in zip(*map(QParams.representable, chosen), strict=True)
+    )
+    wide = edges.diff()
+    inside = edges.clamp(low - half, high + half).diff() / wide
+    # A bin without width is that of a constant, which no range chosen from it leaves out.
+    inside = inside.where(wide > 0, 1.0)
+    return (1.0 - (counts * inside).sum(1) / counts.sum(1)).clamp(min=0.0)
+
+
+def _report_counts(
+    counts: Tensor, edges: Tensor, low: Tensor, high: Tensor
+) -> list[tuple[int, ...]]:
+    """The counts in 64 equal bins from the least to the largest value; a constant has one bin."""
+    middle = (edges[:, :-1] + edges[:, 1:]) / 2
+    low, high = low.unsqueeze(1), high.unsqueeze(1)
+    place = (middle - low) / (high - low) * _REPORT_BINS
+    place = place.nan_to_num().floor_().clamp_(0, _REPORT_BINS - 1)
+    merged = torch.zeros(len(counts), _REPORT_BINS, dtype=torch.float64)
+    merged.scatter_add_(1, place.to(torch.int64), counts)
+    constant = (low == high).flatten().tolist()
+    rows = merged.to(torch.int64).tolist()
+    return [(sum(row),) if same else tuple(row) for row, same in zip(rows, constant, strict=True)]
 
 
 def grid_for(low: float, high: float) -> tuple[int, int]:

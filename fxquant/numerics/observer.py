@@ -148,14 +148,17 @@ class Observer(nn.Module):
         Raises:
             CalibrationError: nothing was seen.
         """
+        self._need_values()
+        low, high = self._chosen_range()
+        return choose_qparams(low, high, self.spec, self.axis)
+
+    def _need_values(self) -> None:
         if not self.seen:
             batches = int(self.tally[0])
             raise CalibrationError(
                 f"{self.path}: calibration brought no values here ({batches} empty tensors): pass "
                 "data whose forward reaches this place, or leave it in float"
             )
-        low, high = self._chosen_range()
-        return choose_qparams(low, high, self.spec, self.axis)
 
     def summary(self) -> ObserverSummary:
         """Report what was seen and chosen; works before anything was seen too."""

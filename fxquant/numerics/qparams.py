@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,15 +48,18 @@ class QParams:
     def __post_init__(self) -> None:
         self._check_codes()
         self._check_shapes()
-        usable = torch.isfinite(self.scale) & (self.scale >= SMALLEST_SCALE)
-        if not bool(usable.all()):
+        # A NaN among them is both ends, and is not in any range.
+        least, most = (end.item() for end in self.scale.aminmax())
+        if not SMALLEST_SCALE <= least <= most < math.inf:
+            usable = torch.isfinite(self.scale) & (self.scale >= SMALLEST_SCALE)
             index = int((~usable).nonzero()[0, 0])
             raise QParamError(
                 f"scale[{index}] is {float(self.scale[index])!r}: a scale must be finite, normal "
                 f"(at least {SMALLEST_SCALE:.3g}) and positive; check the data it was chosen from"
             )
-        inside = (self.zero_point >= self.quant_min) & (self.zero_point <= self.quant_max)
-        if not bool(inside.all()):
+        least, most = (end.item() for end in self.zero_point.aminmax())
+        if not self.quant_min <= least <= most <= self.quant_max:
+            inside = (self.zero_point >= self.quant_min) & (self.zero_point <= self.quant_max)
             index = int((~inside).nonzero()[0, 0])
             raise QParamError(
                 f"zero_point[{index}] is {int(self.zero_point[index])}: it must be a code, from "
@@ -179,6 +183,28 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec, axis: int | None = No
     below, above = below.clamp(max=0.0), above.clamp(min=0.0)
     scale, zero_point = steps_from_range(below, above, spec)
     return QParams(scale, zero_point, spec.quant_min, spec.quant_max, _STORAGE[spec.dtype], axis)
+
+
+def choose_many(low: Tensor, high: Tensor, spec: QSpec) -> tuple[QParams, ...]:
+    """Choose the qparams of B whole tensors at once; each is what :func:`choose_qparams` gives.
+
+    Args:
+        low: [B] float64, smallest values.
+        high: [B] float64, largest values.
+        spec: dtype, bits and symmetry.
+
+    Raises:
+        QParamError: as for :func:`choose_qparams`; the index is that of the tensor.
+
+    Example:
+        >>> ends = torch.zeros(2).double(), torch.tensor([25.5, 51.0]).double()
+        >>> [round(q.scale_value, 6) for q in choose_many(*ends, QSpec())]
+        [0.1, 0.2]
+    """
+    together = choose_qparams(low, high, spec, axis=0)
+    rest = (spec.quant_min, spec.quant_max, together.dtype)
+    pairs = zip(together.scale.split(1), together.zero_point.split(1), strict=True)
+    return tuple(QParams(scale.clone(), zero.clone(), *rest) for scale, zero in pairs)
 
 
 def steps_from_range(low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ _ROUNDS = 3
 _MORE_ROUNDS = 12
 _SLOWER = 1.1
 _LONG = 1.0
-"""Seconds after which one round is enough."""
+"""Seconds that one look may take; where a single run of both takes longer, one more has to do."""
 
 
 def example_of(module: GraphModule) -> tuple[Tensor, ...] | None:
@@ -65,24 +65,27 @@ def compare_speed(
 
 
 def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]) -> Timing:
-    first = _seconds(lambda: prepared(*inputs))
-    _seconds(lambda: converted(*inputs))
-    real, codes = _best(prepared, converted, inputs, 1 if first > _LONG else _ROUNDS)
-    if codes > _SLOWER * real and first <= _LONG:
+    first = _seconds(lambda: prepared(*inputs)) + _seconds(lambda: converted(*inputs))
+    if first > _LONG:
+        clocks = _clocked(prepared, converted, inputs)
+        real, codes = (sum(clock.spent.values()) * 1e3 for clock in clocks)
+        return Timing(real, codes, _slowest(*clocks) if codes > _SLOWER * real else ())
+    real, codes = _best(prepared, converted, inputs, _ROUNDS)
+    if codes > _SLOWER * real:
         # A busy machine can make anything look slow for a moment: look again before saying so.
         real, codes = _best(prepared, converted, inputs, _MORE_ROUNDS)
-    slow = _slowest(prepared, converted, inputs) if codes > _SLOWER * real else ()
-    return Timing(real, codes, slow)
+    slower = codes > _SLOWER * real
+    return Timing(real, codes, _slowest(*_clocked(prepared, converted, inputs)) if slower else ())
 
 
 def _best(
     prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...], rounds: int
 ) -> tuple[float, float]:
-    """The best milliseconds of each, run in turns."""
-    pairs = [
-        (_seconds(lambda: prepared(*inputs)), _seconds(lambda: converted(*inputs)))
-        for _ in range(rounds)
-    ]
+    """The best milliseconds of each, run in turns, at least once."""
+    pairs: list[tuple[float, float]] = []
+    stop = time.perf_counter() + _LONG
+    while not pairs or (len(pairs) < rounds and time.perf_counter() < stop):
+        pairs.append((_seconds(lambda: prepared(*inputs)), _seconds(lambda: converted(*inputs))))
     return min(pair[0] for pair in pairs) * 1e3, min(pair[1] for pair in pairs) * 1e3
 
 
@@ -110,13 +113,16 @@ class _Clock(fx.Interpreter):
         return value
 
 
-def _slowest(
+def _clocked(
     prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
-) -> tuple[tuple[str, str, float, float], ...]:
+) -> tuple[_Clock, _Clock]:
     clocks = (_Clock(prepared), _Clock(converted))
     for clock in clocks:
         clock.run(*inputs)
-    real, codes = clocks
+    return clocks
+
+
+def _slowest(real: _Clock, codes: _Clock) -> tuple[tuple[str, str, float, float], ...]:
     rows = [
         (*codes.labels[key], spent * 1e6, real.spent.get(key, 0.0) * 1e6)
         for key, spent in codes.spent.items()

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from fxquant.errors import QParamError
 from fxquant.numerics.affine import choose_qparams, dequantize_weight, quantize_weight
-from fxquant.numerics.error_search import expected_error, search_range, weight_qparams
+from fxquant.numerics.error_search import (
+    expected_error,
+    search_range,
+    search_ranges,
+    weight_qparams,
+)
 from fxquant.spec import QSpec
 from tests.numerics.oracles import quantization_error, specs
 
@@ -60,6 +65,24 @@ def test_many_ranges_at_once_are_each_alone() -> None:
 def test_of_equally_good_ranges_the_widest_is_taken() -> None:
     counts, edges = torch.zeros(256, dtype=torch.float64), torch.arange(257).double()
     assert search_range(counts, edges, 0.0, 200.0, QSpec()) == (0.0, 200.0)
+
+
+@pytest.mark.parametrize("spec", [QSpec(), QSpec("int8", symmetric=True), QSpec(bits=3)])
+def test_many_histograms_at_once_are_each_alone_to_the_last_bit(spec: QSpec) -> None:
+    counts = torch.randint(0, 50, (40, 512)).double()
+    for row in range(40):  # from full to nearly empty, and some with one bin or none
+        counts[row, torch.rand(512) < row / 38] = 0.0
+    edges = (torch.arange(513) - 256.0).double() * torch.rand(40, 1).double()
+    edges[::3] -= edges[::3, :1]
+    edges[1::5] -= edges[1::5, -1:]
+    low, high = edges[:, 0], edges[:, -1]
+    together = search_ranges(counts, edges, low, high, spec)
+    alone = [
+        search_range(c, e, a, b, spec)
+        for c, e, a, b in zip(counts, edges, low.tolist(), high.tolist(), strict=True)
+    ]
+    assert list(zip(*(ends.tolist() for ends in together), strict=True)) == alone
+    assert len(set(alone)) == 40
 
 
 CHANNEL = QSpec("int8", symmetric=True, granularity="channel", observer="minmax")

@@ -23,6 +23,7 @@ from fxquant.numerics.observers import (
     NonFiniteError,
     Observer,
     make_observer,
+    summaries,
 )
 from fxquant.spec import QSpec
 
@@ -312,3 +313,25 @@ def test_a_per_tensor_spec_ignores_the_axis() -> None:
 def test_make_observer_makes_what_the_spec_says() -> None:
     for kind in KINDS:
         assert make_observer(SPECS[kind], "x").kind == kind
+
+
+def test_summaries_together_are_those_of_each() -> None:
+    observers = [
+        make_observer(spec, f"{kind} {place}")
+        for kind in KINDS
+        for place, spec in enumerate((SPECS[kind], replace(SPECS[kind], bits=4)) * 2)
+    ]
+    for place, observer in enumerate(observers[:-1]):
+        observer(torch.randn(500) * 3.0**place if place % 3 else torch.rand(50))
+    alone = [copy.deepcopy(observer).summary() for observer in observers]
+    assert list(summaries(observers)) == alone
+    assert alone[-1].elements == 0
+
+
+def test_a_histogram_that_saw_more_searches_again() -> None:
+    observer = make_observer(SPECS["histogram"], "x")
+    observer(torch.rand(100))
+    before = observer.qparams()
+    assert observer.qparams() is before
+    observer(torch.rand(100) * 9)
+    assert observer.qparams().scale_value > 4 * before.scale_value
