@@ -24,6 +24,7 @@ from fxquant.backends.x86_layers import (
     X86LinearSum,
 )
 from fxquant.backends.x86_pointwise import X86Pointwise, X86PointwiseSum
+from fxquant.backends.x86_stem import X86Stem, can_read_floats
 from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose2d
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
@@ -181,12 +182,18 @@ def _is_pointwise(layer: Node, dq: Node) -> bool:
 
 def _weight_shape(layer: Node) -> tuple[int, ...]:
     """Height and width of a layer's kernel."""
+    return tuple(_weight(layer).shape[2:])
+
+
+def _weight(layer: Node) -> Tensor:
+    """The integer weight that a layer reads."""
     codes = layer.args[1].args[0]  # type: ignore[union-attr]
     parent, _, leaf = str(codes.target).rpartition(".")  # type: ignore[union-attr]
     owner = layer.graph.owning_module
     if owner is None:
         raise TypeError(f"%{layer.name} belongs to no module")
-    return tuple(getattr(owner.get_submodule(parent), leaf).shape[2:])
+    weight: Tensor = getattr(owner.get_submodule(parent), leaf)
+    return weight
 
 
 def _make(match: Match, editor: Editor, writes: QType | None, other: QType | None) -> X86Layer:
@@ -208,7 +215,7 @@ def _make(match: Match, editor: Editor, writes: QType | None, other: QType | Non
     more = (post, _geometry(layer), None if shape is None else (1, *shape[1:]))
     if other is not None:
         return X86ConvSum(*parts, *more, other=other)
-    made = X86Conv(*parts, *more)
+    made = (X86Stem if picture_of(match) is not None else X86Conv)(*parts, *more)
     made.floor = floor_of(match) if writes is not None else None
     return made
 
@@ -258,9 +265,25 @@ def _path(match: Match) -> str:
 def _lower(match: Match, editor: Editor) -> None:
     writes = info(match.root).writes if _name(match.root) == QUANTIZE else None
     module = _make(match, editor, writes, None)
-    codes = match.node("dq").args[0]
+    codes = picture_of(match) or match.node("dq").args[0]
     if isinstance(codes, Node):
         put(match, editor, module, (codes,), writes, path=_path(match), like=match.node("layer"))
+
+
+def picture_of(match: Match) -> Node | None:
+    """The float picture that a first convolution can quantize by itself, if this is one."""
+    layer, dq = match.node("layer"), match.node("dq")
+    codes = dq.args[0]
+    if _name(layer) != "conv2d" or not isinstance(codes, Node) or _name(codes) != QUANTIZE:
+        return None
+    if _is_pointwise(layer, dq):  # a linear over pixels
+        return None
+    alone = len(codes.users) == 1 and len(dq.users) == 1
+    picture = codes.args[0]
+    if not alone or not isinstance(picture, Node) or picture.op != "placeholder":
+        return None
+    fits = can_read_floats(_weight(layer), int(argument(layer, "groups")))
+    return picture if fits and codes_type(dq).dtype == torch.uint8 else None
 
 
 def sum_fits(match: Match) -> Reject | None:

@@ -143,7 +143,7 @@ class X86Conv(X86Layer):
     def _packed(self) -> Tensor:
         g = self.geometry
         packed: Tensor = _ONEDNN.qconv_prepack(
-            self.weight,
+            self._kernel_weight(),
             self.weight_scale,
             self.reads.scale,
             self.reads.zero_point,
@@ -151,9 +151,17 @@ class X86Conv(X86Layer):
             list(g.padding),
             list(g.dilation),
             g.groups,
-            list(self.shape) if self.shape is not None else None,
+            self._kernel_shape(),
         )
         return packed
+
+    def _kernel_weight(self) -> Tensor:
+        """The weight as the kernel is given it."""
+        return self.weight
+
+    def _kernel_shape(self) -> list[int] | None:
+        """The shape of the codes that the layout of the weight is chosen for."""
+        return list(self.shape) if self.shape is not None else None
 
     def pack(self) -> None:
         """Reorder the weight and lay out the call's constant arguments."""

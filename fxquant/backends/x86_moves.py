@@ -27,19 +27,15 @@ class MaxPool2dCodes(nn.Module):
         self.options = options
         kernel = _pair(options["kernel_size"])
         stride = _pair(options["stride"] or kernel)
-        self._rows = (kernel[0], stride[0], _pair(options["dilation"])[0])
-        self._columns = (kernel[1], stride[1], _pair(options["dilation"])[1])
-        ph, pw = _pair(options["padding"])
-        self._pad = (pw, pw, ph, ph) if ph or pw else None
+        padding = _pair(options["padding"])
+        self._rows = (kernel[0], stride[0], _pair(options["dilation"])[0], padding[0])
+        self._columns = (kernel[1], stride[1], _pair(options["dilation"])[1], padding[1])
 
     def forward(self, codes: Tensor) -> Tensor:
         """``codes`` uint8 ``[batch, channels, height, width]``; other inputs go through float."""
         if codes.dim() != 4 or self.options["ceil_mode"] or codes.numel() == 0:
             pooled: Tensor = F.max_pool2d(codes.float(), **self.options)
             return pooled.to(codes.dtype)
-        if self._pad is not None:
-            lowest = 0 if codes.dtype == torch.uint8 else -128
-            codes = F.pad(codes, self._pad, value=lowest)
         return _running_max(_running_max(codes, 2, *self._rows), 3, *self._columns)
 
     def extra_repr(self) -> str:
@@ -53,18 +49,41 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
 
 
-def _running_max(codes: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
-    count = (codes.shape[dim] - dilation * (size - 1) - 1) // stride + 1
-    last = (count - 1) * stride + 1
-    index: list[slice] = [slice(None)] * codes.dim()
-    windows = []
-    for step in range(size):
-        index[dim] = slice(step * dilation, step * dilation + last, stride)
-        windows.append(codes[tuple(index)])
-    best = windows[0]
-    for window in windows[1:]:
-        best = torch.maximum(best, window)
+def _running_max(
+    codes: Tensor, dim: int, size: int, stride: int, dilation: int, padding: int
+) -> Tensor:
+    """Maxima of windows along one dimension; windows over the edge see what is there of them."""
+    length = codes.shape[dim]
+    count = (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
+    whole: list[tuple[int, Tensor]] = []
+    cut: list[tuple[int, Tensor]] = []
+    for start in range(-padding, size * dilation - padding, dilation):
+        first = max(0, -(start // stride))
+        last = min(count - 1, (length - 1 - start) // stride)
+        if first > last:
+            continue
+        window = _every(codes, dim, start + first * stride, last - first + 1, stride)
+        (whole if (first, last) == (0, count - 1) else cut).append((first, window))
+    if not whole:  # a picture smaller than its window
+        lowest = torch.iinfo(codes.dtype).min
+        sides = (0, 0) * (codes.dim() - 1 - dim) + (padding, padding)
+        return _running_max(F.pad(codes, sides, value=lowest), dim, size, stride, dilation, 0)
+    best = whole[0][1] if len(whole) == 1 else torch.maximum(whole[0][1], whole[1][1])
+    if len(whole) == 1 and cut:
+        best = best.clone()
+    for _, window in whole[2:]:
+        torch.maximum(best, window, out=best)
+    for first, window in cut:
+        part = best.narrow(dim, first, window.shape[dim])
+        torch.maximum(part, window, out=part)
     return best
+
+
+def _every(codes: Tensor, dim: int, start: int, count: int, stride: int) -> Tensor:
+    """Every ``stride``-th slice, ``count`` of them."""
+    index: list[slice] = [slice(None)] * codes.dim()
+    index[dim] = slice(start, start + (count - 1) * stride + 1, stride)
+    return codes[tuple(index)]
 
 
 class ThroughFloat(nn.Module):

@@ -33,7 +33,7 @@ __all__ = [
 
 # A float32 between 2**23 and 2**24 has a spacing of 1, so adding this to a small number rounds it
 # half to even and leaves the integer in the low bits; the extra 2**22 keeps negatives in range.
-_ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
+ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
 
 
 def quantize(
@@ -67,17 +67,17 @@ def quantize(
             quant_max=quant_max,
             dtype=dtype,
         )
-    steps = _in_steps(x, scale)
+    steps = in_steps(x, scale)
     # clamp(round(y) + z, a, b) == round(clamp(y, a - z, b - z)) + z, as a, b and z are integers.
     steps.clamp_(quant_min - zero_point, quant_max - zero_point)
     if steps.dtype == torch.float64:
         return steps.round_().add_(zero_point).to(torch.int32).to(dtype)
     # The low byte of the float now holds the code less z, modulo 256; the 8-bit addition wraps
     # back to the code. One pass less than round and cast, and the casts it uses are the fast ones.
-    return steps.add_(_ROUND_TO_LOW_BITS).view(torch.int32).to(dtype).add_(zero_point)
+    return steps.add_(ROUND_TO_LOW_BITS).view(torch.int32).to(dtype).add_(zero_point)
 
 
-def _in_steps(x: Tensor, scale: float) -> Tensor:
+def in_steps(x: Tensor, scale: float) -> Tensor:
     """``x / scale`` in a new float32 (or float64) tensor; always a true division."""
     x = x.detach()
     wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)

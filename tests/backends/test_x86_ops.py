@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant.backends.x86_moves import MaxPool2dCodes, ThroughFloat
@@ -365,3 +367,39 @@ def test_copies_and_pickles_give_the_same_codes(name: str) -> None:
     assert torch.equal(copy.deepcopy(op)(*inputs), wanted)
     assert torch.equal(pickle.loads(pickle.dumps(op))(*inputs), wanted)
     assert "uint8" in repr(op) or name in ("max pool", "selection")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.tuples(st.integers(1, 9), st.integers(1, 6)),
+    st.booleans(),
+)
+def test_max_pool_of_codes_is_that_of_floats(
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    dilation: int,
+    size: tuple[int, int],
+    last: bool,
+) -> None:
+    padding = min(padding, min(kernel) // 2)
+    spans = [dilation * (k - 1) + 1 for k in kernel]
+    assume(all(s + 2 * padding >= span for s, span in zip(size, spans, strict=True)))
+    options: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "ceil_mode": False,
+    }
+    codes = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    if last:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    kept = codes.clone()
+    wanted = torch.nn.functional.max_pool2d(codes.float(), **options)
+    assert torch.equal(MaxPool2dCodes(options)(codes).float(), wanted)
+    assert torch.equal(codes, kept)
