@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxquant.errors import TraceError
+from fxquant.graph.attention_modules import open_modules
 from fxquant.graph.info import KEY, NodeInfo
 
 _LOCK: Final = threading.RLock()
@@ -272,6 +273,7 @@ def capture(
     if evaluate:
         root.eval()
     _settle_parametrizations(root)
+    open_modules(root)
     with _LOCK:
         tracer = _Tracer(bound)
         try:
