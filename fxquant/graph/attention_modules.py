@@ -2,9 +2,9 @@
 
 ``nn.MultiheadAttention`` and the transformer layers decide by sizes, dtypes and a fused fast path
 what they compute, so tracing takes them as one opaque op. :func:`open_modules` gives each such
-module of a copied model a class whose ``forward`` is a few linears, ``scaled_dot_product_attention``
-and views, in any layout, and leaves its parameters and its place in the model as they are. The
-fast path is off; results are those of the slow path to float32 rounding.
+module of a copied model a class whose ``forward`` is a few linears, an attention and views, in any
+layout, and leaves its parameters and its place in the model as they are. The fast path is off;
+results are those of the slow path to float32 rounding.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class _Attention(nn.MultiheadAttention):
                 self.add_module(f"{name}_proj", linear_of(weight, part))
             return
         self.add_module("in_proj", linear_of(packed, bias))
-        self.add_module("kv_proj", linear_of(packed[width:], None if bias is None else bias[width:]))
+        self.add_module(
+            "kv_proj", linear_of(packed[width:], None if bias is None else bias[width:])
+        )
         for name, weight, part in zip("qkv", packed.split(width), parts, strict=True):
             self.add_module(f"{name}_proj", linear_of(weight, part))
 
@@ -72,7 +74,7 @@ class _Attention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[..., length, embed]`` (or length first) to ``[..., heads, length, head]``."""
-        parts = x.unflatten(-1, (self.num_heads, self.head_dim))
+        parts: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
         return parts.transpose(-2, -3) if self.batch_first else parts.movedim(0, -2)
 
     def _append(self, heads: Tensor, row: Tensor | None) -> Tensor:
@@ -108,7 +110,9 @@ class _Attention(nn.MultiheadAttention):
         found = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         found = found.transpose(-2, -3) if self.batch_first else found.movedim(-2, 0)
         result = self.out_proj(found.flatten(-2))
-        weights = attention_weights(q, k, mask, average=average_attn_weights) if need_weights else None
+        weights = (
+            attention_weights(q, k, mask, average=average_attn_weights) if need_weights else None
+        )
         return result, weights
 
 
@@ -128,7 +132,8 @@ class _EncoderLayer(nn.TransformerEncoderLayer):
             src = src + self._sa_block(self.norm1(src), *masks)
             return src + self._ff_block(self.norm2(src))
         src = self.norm1(src + self._sa_block(src, *masks))
-        return self.norm2(src + self._ff_block(src))
+        found: Tensor = self.norm2(src + self._ff_block(src))
+        return found
 
 
 class _DecoderLayer(nn.TransformerDecoderLayer):
@@ -188,7 +193,7 @@ class _Decoder(nn.TransformerDecoder):
 class _Transformer(nn.Transformer):
     """Encoder, then decoder."""
 
-    def forward(
+    def forward(  # noqa: PLR0913 - torch's own signature
         self,
         src: Tensor,
         tgt: Tensor,
@@ -276,3 +281,19 @@ def _opened(cls: type[nn.Module], by: type[nn.Module]) -> type[nn.Module]:
     """``cls`` with the ``forward`` of ``by``, under its own name: users select ops by class."""
     bases = (by,) if issubclass(by, cls) else (by, cls)
     return type(cls.__name__, bases, {"__module__": __name__, "__doc__": cls.__doc__})
+
+
+def settle_activations(model: nn.Module, made: nn.Module) -> None:
+    """Undo what copying does to transformer decoder layers whose activation is a module.
+
+    Their ``__setstate__`` does not find the activation among the attributes and puts ``F.relu``
+    in front of it; a copy would compute something else than the model does.
+
+    Args:
+        model: the user's model.
+        made: a deep copy of it.
+    """
+    for own, twin in zip(model.modules(), made.modules(), strict=False):
+        covered = isinstance(twin, nn.TransformerDecoderLayer) and "activation" in twin._modules
+        if covered and "activation" not in vars(own):
+            vars(twin).pop("activation", None)

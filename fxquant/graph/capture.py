@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxquant.errors import TraceError
-from fxquant.graph.attention_modules import open_modules
+from fxquant.graph.attention_modules import open_modules, settle_activations
 from fxquant.graph.info import KEY, NodeInfo
 
 _LOCK: Final = threading.RLock()
@@ -295,7 +295,9 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy; computed tensors that a module keeps are copied without their history."""
     kept = [value for module in model.modules() for value in vars(module).values()]
     computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    made = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    settle_activations(model, made)
+    return made
 
 
 def _settle_parametrizations(root: nn.Module) -> None:

@@ -20,6 +20,7 @@ from fxquant.graph.table_arith import ARITHMETIC
 from fxquant.graph.table_averages import AVERAGES
 from fxquant.graph.table_entry import entry, sig
 from fxquant.graph.table_joins import JOINS
+from fxquant.graph.table_matmul import MATMULS
 from fxquant.graph.table_moves import MOVES
 from fxquant.graph.table_norms import NORMS
 from fxquant.graph.table_pointwise import POINTWISE
@@ -67,6 +68,7 @@ OPS: Final = (
     *ACTIVATION,
     *POINTWISE,
     *ARITHMETIC,
+    *MATMULS,
     *VIEWS,
     *MOVES,
     *JOINS,

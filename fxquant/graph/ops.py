@@ -132,6 +132,10 @@ _RENAMED: Final = {
     "split_size": "split_size_or_sections",  # Tensor.split
     "train": "training",  # torch.dropout
     "size": "shape",  # Tensor.view
+    "mat2": "other",  # torch.mm, torch.bmm
+    "vec": "other",  # torch.mv
+    "batch1": "mat1",  # torch.baddbmm
+    "batch2": "mat2",
 }
 _SWITCHES: Final = {"inplace": (True, False)}
 

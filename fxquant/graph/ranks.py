@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import torch
 from torch.fx import Graph, Node
 
 from fxquant.graph.info import info, write_info
@@ -12,12 +13,17 @@ from fxquant.graph.op_table import argument, op_of
 from fxquant.graph.ops import Kind
 
 _KEEPS: Final = (Kind.CONTRACT, Kind.UNARY, Kind.FLOAT)
+_CHANGES: Final = (
+    *("addmm", "addbmm", "einsum", "tensordot", "inner", "bilinear"),
+    *("attention_mask", "attention_weights"),
+)
 _KEEPS_BY_NAME: Final = (
     *("layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "softmax"),
     *("log_softmax", "local_response_norm", "glu"),
     *(f"lp_pool{rank}d" for rank in (1, 2, 3)),
     *(f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)),
     *("batch_norm", "cat", "pad", "transpose", "interpolate", "narrow", "flip", "roll", "dropout"),
+    *("movedim", "scaled_dot_product_attention", "append_row"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "index_select", "prelu"),
 )
 _REDUCTIONS: Final = (
@@ -38,8 +44,15 @@ def record_ranks(graph: Graph, inputs: Mapping[str, int]) -> None:
 
 
 def _rank(node: Node) -> int | None:
+    if node.op == "get_attr":
+        return _constant_rank(node)
     op = op_of(node)
-    if op is None or not node.args or not isinstance(node.args[0], Node | tuple | list):
+    if (
+        op is None
+        or op.name in _CHANGES
+        or not node.args
+        or not isinstance(node.args[0], Node | tuple | list)
+    ):
         return None
     if op.name == "reshape":
         shape = argument(node, "shape")
@@ -58,6 +71,8 @@ def _rank(node: Node) -> int | None:
         return before - 1
     if op.name in _REDUCTIONS:
         return _reduced(node, before)
+    if op.name == "unflatten":
+        return _unflattened(node, before)
     if op.name in ("add", "sub", "mul", "div", "maximum", "minimum"):
         other = node.args[1]
         right = info(other).rank if isinstance(other, Node) else 0
@@ -66,6 +81,13 @@ def _rank(node: Node) -> int | None:
         right = info(node.args[1]).rank if isinstance(node.args[1], Node) else None
         return None if right is None or min(before, right) < 2 else max(before, right)
     return before if op.kind in _KEEPS or op.name in _KEEPS_BY_NAME else None
+
+
+def _constant_rank(node: Node) -> int | None:
+    found: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found.dim() if isinstance(found, torch.Tensor) else None
 
 
 def _common(parts: tuple[object, ...] | list[object]) -> int | None:
@@ -80,6 +102,11 @@ def _flattened(node: Node, before: int | None) -> int | None:
     if before is None or not isinstance(start, int) or not isinstance(end, int):
         return None
     return before - (end % before - start % before)
+
+
+def _unflattened(node: Node, before: int) -> int | None:
+    sizes = argument(node, "sizes")
+    return before + len(sizes) - 1 if isinstance(sizes, tuple | list) else None
 
 
 def _reduced(node: Node, before: int) -> int | None:

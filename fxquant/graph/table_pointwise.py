@@ -113,15 +113,6 @@ _REAL_FUNCTIONS: Final = (
 )
 
 _FLOAT: Final = (
-    entry(
-        "matmul",
-        Kind.FLOAT,
-        torch.matmul,
-        sig(lambda input, other: None),
-        tensors=("input", "other"),
-        functions=spellings((operator.matmul,), lambda input, other: None),
-        methods=spellings(("matmul",), lambda input, other: None),
-    ),
     *(
         entry(
             name,

@@ -63,6 +63,23 @@ _VIEWS: Final = (
         methods=spellings(("unsqueeze",), lambda input, dim: None),
     ),
     entry(
+        "unflatten",
+        Kind.MOVE,
+        torch.unflatten,
+        sig(lambda input, dim, sizes: None),
+        alias=True,
+        methods=spellings(("unflatten",), lambda input, dim, sizes: None),
+    ),
+    entry(
+        "movedim",
+        Kind.MOVE,
+        torch.movedim,
+        sig(lambda input, source, destination: None),
+        alias=True,
+        functions=spellings((torch.moveaxis,), lambda input, source, destination: None),
+        methods=spellings(("movedim", "moveaxis"), lambda input, source, destination: None),
+    ),
+    entry(
         "expand",
         Kind.MOVE,
         torch.Tensor.expand,

@@ -31,6 +31,8 @@ MOVES: Final[dict[str, Case]] = {
     "transpose": Case(options={"dim0": 1, "dim1": 2}),
     "squeeze": Case(shape=(2, 1, 6), options={"dim": 1}),
     "unsqueeze": Case(options={"dim": 1}),
+    "unflatten": Case(options={"dim": 2, "sizes": (2, 3)}),
+    "movedim": Case(options={"source": 0, "destination": -2}),
     "expand": Case(shape=(2, 1, 6), options={"size": (2, 4, 6)}),
     "narrow": Case(options={"dim": 2, "start": 1, "length": 3}),
     "select": Case(options={"dim": 2, "index": 3}),

@@ -93,7 +93,6 @@ POINTWISE: Final[dict[str, Case]] = {
     "addcmul": Case(options={"value": 0.5}),
     "addcdiv": Case(options={"value": 0.5}, positive=True),
     "lerp": Case(options={"weight": 0.25}),
-    "matmul": Case(shape=(2, 4, 4)),
     "softmax": Case(
         options={"dim": 1},
         modules=(

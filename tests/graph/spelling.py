@@ -40,7 +40,9 @@ class Case:
         gone: canonical form drops the call.
         joins: how many tensors a join takes.
         only: function or method to the options that it can say.
-        shapes: function to the input shape that it takes.
+        shapes: function or method to the input shape that it takes.
+        partners: function or method to the shape of its second input, where that is another.
+        held: function or method to the shapes of its parameters, where those are others.
     """
 
     shape: Shape = (2, 4, 6)
@@ -53,3 +55,5 @@ class Case:
     joins: int = 0
     only: dict[Any, dict[str, Any]] = field(default_factory=dict)
     shapes: dict[Any, Shape] = field(default_factory=dict)
+    partners: dict[Any, Shape] = field(default_factory=dict)
+    held: dict[Any, dict[str, Shape]] = field(default_factory=dict)

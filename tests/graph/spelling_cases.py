@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Final
 
 from tests.graph.cases_averages import AVERAGES
+from tests.graph.cases_matmul import MATMULS
 from tests.graph.cases_moves import MOVES
 from tests.graph.cases_pointwise import POINTWISE
 from tests.graph.cases_weights import WEIGHTS
 from tests.graph.spelling import Case
 
-CASES: Final[dict[str, Case]] = {**WEIGHTS, **POINTWISE, **MOVES, **AVERAGES}
+CASES: Final[dict[str, Case]] = {**WEIGHTS, **POINTWISE, **MATMULS, **MOVES, **AVERAGES}

@@ -35,6 +35,9 @@ _WORDS: dict[Any, dict[str, str]] = {
     "split": {"split_size_or_sections": "split_size"},
     torch.dropout: {"training": "train"},
     "view": {"shape": "size"},
+    **{f: {"other": "mat2"} for f in (torch.mm, torch.bmm, "mm", "bmm")},
+    **{f: {"other": "vec"} for f in (torch.mv, "mv")},
+    **{f: {"mat1": "batch1", "mat2": "batch2"} for f in (torch.baddbmm, "baddbmm")},
     torch.swapaxes: {"dim0": "axis0", "dim1": "axis1"},
     "swapaxes": {"dim0": "axis0", "dim1": "axis1"},
 }
@@ -82,14 +85,15 @@ def _has_switch(function: Any) -> bool:
 
 
 def _by_place_only(function: Any) -> bool:
-    return getattr(function, "__module__", None) == "_operator"
+    return getattr(function, "__module__", None) == "_operator" or function is torch.einsum
 
 
-def _inputs(op: Op, case: Case, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _inputs(op: Op, case: Case, shape: tuple[int, ...], key: Any) -> tuple[Tensor, ...]:
     if op.name == "embedding":
         return (torch.tensor([[0, 4, 1], [3, 2, 2]]),)
-    own = 1 if op.target is None else len(op.tensors)
-    drawn = [torch.randn(shape) for _ in range(case.joins or own)]
+    own = 1 if op.target is None or case.parameters else len(op.tensors)
+    shapes = [shape, *[case.partners.get(key, shape)] * ((case.joins or own) - 1)]
+    drawn = [torch.randn(shape) for shape in shapes]
     if case.positive or case.above_one:
         return tuple(x.abs().clamp(0.1, 0.9) + float(case.above_one) for x in drawn)
     return tuple(drawn)
@@ -103,12 +107,12 @@ def _model(op: Op, case: Case, cell: Cell) -> nn.Module:
             word = next(iter(inspect.signature(module.forward).parameters))
             return One(lambda self, x: self.part(**{word: x}), part=module)
         return One(lambda self, x: self.part(x), part=module)
-    shapes = case.parameters.items()
+    shapes = case.held.get(cell.key, case.parameters).items()
     parts = {name: nn.Parameter(torch.rand(shape) + 0.5) for name, shape in shapes}
     write = _Writer(op, cell, case.only.get(cell.key, case.options))
     if case.joins == 2:
         return Two(lambda self, x, y: write({"tensors": [x, y]}), **parts)
-    own = op.tensors[:1] if op.target is None else op.tensors
+    own = op.tensors[:1] if op.target is None or case.parameters else op.tensors
     held = list(parts)
     if len(own) == 2:
         return Two(lambda self, x, y: write(dict(zip(own, (x, y), strict=True))))
@@ -166,7 +170,7 @@ def test_every_spelling_gives_one_canonical_node_and_the_output_of_eager(cell: C
         spelled = case.modules[cell.key]
         shape = spelled.shape or shape
         wanted = wanted if spelled.options is None else spelled.options
-    inputs = _inputs(op, case, shape)
+    inputs = _inputs(op, case, shape, cell.key)
     model = _model(op, case, cell).eval()
     module = canonical(model, *inputs)
     check_eager(model, module, *inputs)

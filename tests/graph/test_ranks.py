@@ -38,6 +38,9 @@ KNOWN: list[Body] = [
     lambda m, x: torch.cat([x, x], 1),
     lambda m, x: torch.matmul(x, x),
     lambda m, x: torch.softmax(x, 1),
+    lambda m, x: x.unflatten(1, (2, 2)),
+    lambda m, x: torch.matmul(x, m.matrices),
+    lambda m, x: x + m.matrices,
     lambda m, x: nn.functional.pad(x, (1, 1)),
 ]
 
@@ -47,8 +50,6 @@ UNKNOWN: list[Body] = [
     lambda m, x: x.squeeze(),
     lambda m, x: x.expand(3, *[-1] * 4),
     lambda m, x: torch.stack([x, x]),
-    lambda m, x: torch.matmul(x, m.matrices),
-    lambda m, x: x + m.matrices,
     lambda m, x: x.repeat(1, 1, 1, 1, 1),
     lambda m, x: torch.cumsum(x, 0),
     lambda m, x: x.reshape(m.matrices.shape),
