@@ -39,13 +39,14 @@ def record_ranks(graph: Graph, inputs: Mapping[str, int]) -> None:
         inputs: ranks of the inputs, by name, as far as they are known.
     """
     for node in graph.nodes:
-        rank = inputs.get(str(node.target)) if node.op == "placeholder" else _rank(node)
+        if node.op == "placeholder":
+            rank = inputs.get(str(node.target))
+        else:
+            rank = _constant_rank(node) if node.op == "get_attr" else _rank(node)
         write_info(node, rank=rank)
 
 
 def _rank(node: Node) -> int | None:
-    if node.op == "get_attr":
-        return _constant_rank(node)
     op = op_of(node)
     if (
         op is None
