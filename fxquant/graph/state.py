@@ -285,6 +285,7 @@ _PUBLIC: Final = {
     "_VariableFunctionsClass.": "torch.",
     "torch._C._nn.": "torch.nn.functional.",
     "_operator.": "operator.",
+    "fxquant.graph.tensor_methods.": "torch.Tensor.",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant.graph import tensor_methods
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_entry import entry, sig, spellings
 
@@ -15,7 +16,7 @@ MOVES: Final = (
     entry(
         "repeat",
         Kind.MOVE,
-        torch.Tensor.repeat,
+        tensor_methods.repeat,
         sig(lambda input, repeats: None),
         functions=spellings((torch.Tensor.repeat,), lambda input, repeats: None),
         methods=spellings(("repeat",), lambda input, *repeats: None),

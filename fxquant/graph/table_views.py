@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from fxquant.graph import tensor_methods
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_entry import entry, sig, spellings
 
@@ -82,7 +83,7 @@ _VIEWS: Final = (
     entry(
         "expand",
         Kind.MOVE,
-        torch.Tensor.expand,
+        tensor_methods.expand,
         sig(lambda input, size: None),
         alias=True,
         functions=spellings((torch.Tensor.expand,), lambda input, size: None),
@@ -128,7 +129,7 @@ _QUESTIONS: Final = (
     entry(
         "size",
         Kind.SHAPE,
-        torch.Tensor.size,
+        tensor_methods.size,
         sig(lambda input, dim=None: None),
         functions=spellings((torch.Tensor.size,), lambda input, dim=None: None),
         methods=spellings(("size",), lambda input, dim=None: None),
@@ -136,7 +137,7 @@ _QUESTIONS: Final = (
     entry(
         "dim",
         Kind.SHAPE,
-        torch.Tensor.dim,
+        tensor_methods.dim,
         sig(lambda input: None),
         functions=spellings((torch.Tensor.dim,), lambda input: None),
         methods=spellings(("dim", "ndimension"), lambda input: None),

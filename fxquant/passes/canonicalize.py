@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from fxquant.graph import tensor_methods
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import ValueKind, info
 from fxquant.graph.op_table import (
@@ -255,10 +256,10 @@ _DIM_OR_NOT: Final = ("size", "squeeze")
 
 _POSITIONAL: Final = (
     operator.getitem,
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.expand,
-    torch.Tensor.repeat,
+    tensor_methods.size,
+    tensor_methods.dim,
+    tensor_methods.expand,
+    tensor_methods.repeat,
 )
 
 
