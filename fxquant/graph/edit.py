@@ -282,10 +282,7 @@ class Editor:
         setattr(self.module.get_submodule(parent), leaf, module)
 
     def add_buffer(self, path: str, tensor: torch.Tensor) -> str:
-        """Put a tensor at ``path``, making empty parents as needed; returns where it stands.
-
-        A parameter stays one.
-        """
+        """Put a tensor at ``path``, making empty parents as needed; returns where it stands."""
         free = self.free_path(path)
         parent, _, leaf = free.rpartition(".")
         owner: nn.Module = self.module
@@ -293,10 +290,7 @@ class Editor:
             if not isinstance(getattr(owner, part, None), nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
+        owner.register_buffer(leaf, tensor)
         return free
 
     def free_path(self, path: str) -> str:

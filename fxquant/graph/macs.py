@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.info import info
-from fxquant.graph.op_table import function_spelling, module_of, op_of
+from fxquant.graph.op_table import argument, function_spelling, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.view import flat_nodes
 
@@ -19,9 +19,12 @@ Shape = tuple[int, ...]
 ShapeOf = Callable[[Node], Shape | None]
 
 _RECURRENT: Final = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-_PRODUCTS: Final = ("matmul", "bmm", "baddbmm", "addmm", "scaled_dot_product_attention")
-_LAST_TWO: Final = {"baddbmm": 1, "addmm": 1}
-"""Ops whose factors come after a tensor that is only added."""
+_LOOKS_UP: Final = (nn.Embedding, nn.EmbeddingBag)
+_MATRICES: Final = {"matmul": 0, "addmm": 1, "addbmm": 1}
+"""Products of matrices, and the place of their first factor: what is only added stands before."""
+_CONTRACTIONS: Final = ("tensordot", "inner")
+_ATTENTION: Final = ("scaled_dot_product_attention", "attention_weights")
+_PRODUCTS: Final = (*_MATRICES, *_CONTRACTIONS, *_ATTENTION, "einsum", "bilinear")
 
 
 def multiplies(node: Node) -> bool:
@@ -76,13 +79,10 @@ def _op(node: Node) -> Op | None:
 
 def _has_weights(node: Node) -> bool:
     module = module_of(node)
-    if getattr(module, "is_observer", False) or op_of(node) is not None:
+    if getattr(module, "is_observer", False) or isinstance(module, _LOOKS_UP):
         return False
-    return any(p.dim() > 1 for p in module.parameters()) or not _is_torchs(module)
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+    torchs = type(module).__module__.startswith("torch.nn.")
+    return any(p.dim() > 1 for p in module.parameters()) or not torchs
 
 
 def _contraction(op: Op, node: Node, shape_of: ShapeOf) -> int | None:
@@ -101,18 +101,54 @@ def _contraction(op: Op, node: Node, shape_of: ShapeOf) -> int | None:
 
 
 def _product(op: Op, node: Node, shape_of: ShapeOf) -> int | None:
-    start = _LAST_TWO.get(op.name, 0)
     values = (*node.args, *node.kwargs.values())
-    shapes = [_shape(value, shape_of) for value in values[start : start + 3]]
-    made = shape_of(node)
+    if op.name == "einsum":
+        parts = node.args[0] if isinstance(node.args[0], tuple | list) else ()
+        return _einsum(str(argument(node, "equation")), [_shape(part, shape_of) for part in parts])
+    start = _MATRICES.get(op.name, 0)
+    made, shapes = shape_of(node), [_shape(value, shape_of) for value in values[start : start + 3]]
     if made is None or len(shapes) < 2 or shapes[0] is None or shapes[1] is None:
         return None
+    first, second = shapes[0], shapes[1]
+    if op.name == "addbmm":  # sums over the batch
+        return math.prod(first) * second[-1]
+    if op.name in _MATRICES:
+        return math.prod(made) * first[-1]
+    if op.name in _CONTRACTIONS:
+        # Every index stands in two of the three shapes.
+        return math.isqrt(math.prod(first) * math.prod(second) * math.prod(made))
+    if op.name == "attention_weights":
+        return math.prod(first) * second[-2]
     if op.name == "scaled_dot_product_attention":
         # Scores cost one query width each, and as many sums as the result has columns.
-        keys, width = shapes[1][-2], shapes[0][-1]
-        rows = math.prod(made[:-1])
-        return rows * keys * (width + made[-1])
-    return math.prod(made) * shapes[0][-1]
+        return math.prod(made[:-1]) * second[-2] * (first[-1] + made[-1])
+    weight = shapes[2] if len(shapes) > 2 else None
+    return None if weight is None else math.prod(made[:-1]) * math.prod(weight)
+
+
+def _einsum(equation: str, shapes: list[Shape | None]) -> int | None:
+    """Two operands at a time, from the left, as torch does it."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    if len(names) != len(shapes) or None in shapes:
+        return None
+    sizes: dict[str, int] = {}
+    spelled: list[set[str]] = []
+    for name, shape in zip(names, shapes, strict=True):
+        head, dots, tail = name.partition("...")
+        hidden = len(shape or ()) - len(head) - len(tail)
+        # What the dots stand for is aligned at the right.
+        letters = [*head, *(f".{hidden - i}" for i in range(hidden if dots else 0)), *tail]
+        for letter, size in zip(letters, shape or (), strict=False):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+        spelled.append(set(letters))
+    kept, total = spelled[0], 0
+    for place in range(1, len(spelled)):
+        joined = kept | spelled[place]
+        total += math.prod(sizes[letter] for letter in joined)
+        later = set().union(*spelled[place + 1 :], result)
+        kept = {letter for letter in joined if letter in later or letter.startswith(".")}
+    return total
 
 
 def _module(module: nn.Module, node: Node, shape_of: ShapeOf) -> int | None:

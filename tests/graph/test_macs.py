@@ -57,6 +57,15 @@ def test_layers(layer: nn.Module, x: torch.Tensor) -> None:
         lambda m, x: x @ x.transpose(1, 2),
         lambda m, x: x @ m.w,  # a parameter on one side
         lambda m, x: torch.matmul(x.unsqueeze(1), m.w.expand(2, 3, 8, 4)),  # broadcast batches
+        lambda m, x: torch.bmm(x, x.mT),
+        lambda m, x: torch.baddbmm(x.sum(1, keepdim=True), x, m.w.expand(2, 8, 4).repeat(1, 1, 2)),
+        lambda m, x: torch.addmm(m.w[0], x[0], m.w),
+        lambda m, x: torch.einsum("bij,jk->bik", x, m.w),
+        lambda m, x: torch.einsum("bij, ...ij -> b...", x, x),
+        lambda m, x: torch.einsum("bij,jk,bil->bkl", x, m.w, x),
+        lambda m, x: torch.tensordot(x, m.w, dims=([2], [0])),
+        lambda m, x: torch.inner(x, m.w.t()),
+        lambda m, x: F.scaled_dot_product_attention(x, x[:, :3], x[:, :3, :4]),
         lambda m, x: F.linear(x, (m.w * 2).t()),  # a weight computed in forward
         lambda m, x: F.conv1d(x, weight=m.k * m.k, padding=1),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> Tensor
     return images * contrast + brightness
 
 
-def randomize_bn(model: nn.Module, seed: int, images: Tensor) -> None:
+def randomize_bn(model: nn.Module, seed: int, images: Any, *, bias: float = 0.0) -> None:
     """Give every BatchNorm of ``model`` non-trivial weights and fitting statistics, in place.
 
     Weights are log-normal around 1, one in sixteen negative (trained networks have some, and a
@@ -49,12 +49,15 @@ def randomize_bn(model: nn.Module, seed: int, images: Tensor) -> None:
     Args:
         model: any module in eval mode that reaches each BatchNorm at least once.
         seed: the same seed, model and images give the same statistics.
-        images: a batch as ``model`` takes it.
+        images: a batch as ``model`` takes it; a tuple is fed by position, a dict by keyword.
+        bias: mean of the biases, in standard deviations of what is normalised. At 0 every ReLU
+            cuts off half and a deep network amplifies any rounding; the more it lets pass, the
+            nearer the whole is to a smooth function, as trained ones are.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
-        _randomize_affine(norm, generator)
+        _randomize_affine(norm, generator, bias)
     _damp_residuals(model)
 
     def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -63,18 +66,21 @@ def randomize_bn(model: nn.Module, seed: int, images: Tensor) -> None:
 
     handles = [norm.register_forward_pre_hook(measure) for norm in norms]
     with torch.no_grad():
-        model(images)
+        if isinstance(images, dict):
+            model(**images)
+        else:
+            model(*images if isinstance(images, tuple) else (images,))
     for handle in handles:
         handle.remove()
 
 
-def _randomize_affine(norm: _BatchNorm, generator: torch.Generator) -> None:
+def _randomize_affine(norm: _BatchNorm, generator: torch.Generator, bias: float) -> None:
     count = norm.num_features
     weight = torch.exp(0.3 * torch.randn(count, generator=generator))
     sign = torch.where(torch.rand(count, generator=generator) < 1 / 16, -1.0, 1.0)
     with torch.no_grad():
         norm.weight.copy_(weight * sign)
-        norm.bias.copy_(0.2 * torch.randn(count, generator=generator))
+        norm.bias.copy_(bias + 0.2 * torch.randn(count, generator=generator))
 
 
 def _damp_residuals(model: nn.Module) -> None:
