@@ -32,9 +32,7 @@ _TENSORS: Final = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TEN
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 
-def export_graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> fx.GraphModule:
+def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Turn ``model`` into a graph module by ``torch.export``, with every size dynamic it can keep.
 
     Args:
@@ -205,7 +203,9 @@ class _Rebuild:
             for place, inner in enumerate(value):
                 self._unpack(self._item(node, place), inner, f"{name}[{place}]")
         else:
-            raise TraceError(f"argument {name!r} is a {type(value).__name__}: pass plain containers")
+            raise TraceError(
+                f"argument {name!r} is a {type(value).__name__}: pass plain containers"
+            )
 
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._new(None, "call_function", operator.getitem, (node, key), "getitem")

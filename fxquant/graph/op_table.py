@@ -17,6 +17,7 @@ from fxquant.graph.info import info
 from fxquant.graph.ops import Kind, Op, Spelling
 from fxquant.graph.table_activations import ACTIVATION
 from fxquant.graph.table_arith import ARITHMETIC
+from fxquant.graph.table_aten import with_aten
 from fxquant.graph.table_averages import AVERAGES
 from fxquant.graph.table_entry import entry, sig
 from fxquant.graph.table_joins import JOINS
@@ -62,7 +63,7 @@ def _index(
     return names, functions, methods, modules
 
 
-OPS: Final = (
+_WRITTEN: Final = (
     *WEIGHTED,
     *NORMS,
     *ACTIVATION,
@@ -75,6 +76,7 @@ OPS: Final = (
     *POOLS,
     *AVERAGES,
 )
+OPS: Final = with_aten(_WRITTEN)
 _NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
     **{op.target: op for op in OPS if op.target is not None},

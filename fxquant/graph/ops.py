@@ -41,10 +41,12 @@ class Spelling:
     Args:
         signature: the parameters of this spelling, with their defaults.
         inplace: whether it overwrites its first argument.
+        read: turns its arguments into canonical ones, where they are not the same words.
     """
 
     signature: inspect.Signature
     inplace: bool = False
+    read: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +167,8 @@ def bind(
     bound.apply_defaults()
     values = {name: _unwrap(names[name], value) for name, value in bound.arguments.items()}
     inplace = spelling.inplace or values.get("inplace") is True
+    if spelling.read is not None:
+        values = spelling.read(values)
     for name in [n for n in values if n not in op.signature.parameters]:
         allowed = op.absorb.get(name, _SWITCHES.get(name, ()))
         value = values.pop(name)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph import tensor_methods
+from fxquant.graph.copies import share_parameters
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import ValueKind, info
 from fxquant.graph.op_table import (
@@ -29,6 +30,7 @@ from fxquant.graph.op_table import (
     op_of,
 )
 from fxquant.graph.ops import Call, Kind, Op, Unreadable, bind, module_arguments
+from fxquant.graph.own_module import own_module
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
 from fxquant.passes.base import Pass
@@ -187,6 +189,8 @@ def _settle(call: Call) -> Call | Unreadable:
         return Call(op_named("sub"), swapped, call.inplace)
     if not _is_tensor(first):
         return Unreadable(f"{op.name} of the constant {first!r}")
+    if op.name == "hardtanh" and (given["min_val"], given["max_val"]) == (0, 6):
+        return Call(op_named("relu6"), {"input": first}, call.inplace)
     if op.name == "reshape" and any(isinstance(side, torch.dtype) for side in _sides(given)):
         return Unreadable("view of other bits: x.view(dtype)")
     if op.name in ("softmax", "log_softmax") and given["dim"] is None:
@@ -264,6 +268,9 @@ _POSITIONAL: Final = (
 
 
 def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
+    if op.name == "getitem":
+        index = given["index"]
+        return all(part == slice(None) for part in (index if isinstance(index, tuple) else (index,)))
     if op.name == "dropout":
         return given["training"] is False or given["p"] == 0
     return op.name in ("contiguous", "clone")
@@ -280,6 +287,7 @@ def _forward(editor: Editor, node: Node) -> None:
 def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
     """Turn ``F.conv2d(x, self.w)`` into a call of an ``nn.Conv2d`` that owns ``self.w``."""
     values: dict[str, Any] = {}
+    weights: list[str] = []
     for name, value in given.items():
         if name == op.tensors[0]:
             continue
@@ -288,6 +296,7 @@ def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
                 why = f"its {name} is computed by %{value.name} in every call"
                 editor.note_values(node, opaque=why, value="tensor")
                 return
+            weights.append(str(value.target))
             value = _tensor_at(editor, str(value.target))
         values[name] = value
     needed = _NEEDED.get(op.name, "weight")
@@ -296,7 +305,14 @@ def _adopt(editor: Editor, node: Node, op: Op, given: dict[str, Any]) -> None:
         editor.note_values(node, opaque=why, value="tensor")
         return
     with editor.rule("canonicalize"):
-        path = editor.add_module(_module_path(node, op), op.build(values))
+        own = own_module(editor.module, node, op, values, weights)
+        if own is None:
+            path = editor.add_module(_module_path(node, op), op.build(values))
+        elif editor.graph.find_nodes(op="call_module", target=own):
+            # Every call owns its module; see the unshare pass.
+            path = editor.add_module(own, share_parameters(editor.module.get_submodule(own)))
+        else:
+            path = own
         editor.set_call(node, path, (given[op.tensors[0]],), {})
         editor.annotate(node, path=path)
     editor.note_values(node, value="tensor")

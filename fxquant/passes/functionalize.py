@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.op_table import function_spelling, method_spelling, module_of, module_op
+from fxquant.graph.table_aten import may_alias, writes_first
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import positions
 from fxquant.passes.base import Pass
@@ -100,7 +101,7 @@ def _is_view(node: Node) -> bool:
         return False
     if found is None:
         # An unknown method may return a view; an unknown function makes something new.
-        return node.op == "call_method"
+        return node.op == "call_method" or may_alias(node.target)
     return found[0].alias or found[0].name == "dropout"
 
 
@@ -110,6 +111,8 @@ def overwrites(node: Node) -> bool:
         if node.target is operator.setitem:
             return True
         found = function_spelling(node.target)
+        if found is None and writes_first(node.target):
+            return True
         return (found is not None and found[1].inplace) or _asked(node, found)
     if node.op == "call_method":
         name = str(node.target)
