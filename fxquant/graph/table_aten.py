@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxquant.graph.ops import Function, Kind, Op, Spelling
@@ -34,15 +35,23 @@ def _extended(op: Op) -> Op:
         return op
     absorb = dict(op.absorb)
     found: dict[Function, Spelling] = {}
-    for name in (op.name, *_OTHER_NAMES.get(op.name, ())):
+    for name in dict.fromkeys((op.name, *_written(op), *_OTHER_NAMES.get(op.name, ()))):
         for overload in (*_overloads(name), *_overloads(f"{name}_")):
             spelling = _spelling(op, overload, absorb)
             if spelling is not None and overload not in {*op.functions, *_TAKEN}:
                 found[overload] = spelling
-    for overload, like, read in _OTHER_WORDS.get(op.name, ()):
-        found[overload] = Spelling(sig(like), read=read)
+    for function, like, read in _OTHER_WORDS.get(op.name, ()):
+        found[function] = Spelling(sig(like), read=read)
     # The op's own functions stay first: convert calls the first.
     return dataclasses.replace(op, functions={**op.functions, **found}, absorb=absorb)
+
+
+def _written(op: Op) -> Iterator[str]:
+    """What users call the op: ``torch.special.expit`` is ``aten::special_expit``."""
+    for function in op.functions:
+        yield str(getattr(function, "__name__", "")).rstrip("_")
+    for method in op.methods:
+        yield method.rstrip("_")
 
 
 def _overloads(name: str) -> Iterator[OpOverload]:
@@ -62,9 +71,7 @@ def _spelling(op: Op, overload: OpOverload, absorb: dict[str, Any]) -> Spelling 
     if any(name not in named for name in required):
         return None
     extra = [a for name, a in named.items() if name not in op.signature.parameters]
-    if any(
-        not (a.has_default_value() or a.name in _SWITCHES or a.name in absorb) for a in extra
-    ):
+    if any(not (a.has_default_value() or a.name in _SWITCHES or a.name in absorb) for a in extra):
         return None
     for argument in (a for a in extra if a.has_default_value() or a.name in _SWITCHES):
         values = _SWITCHES.get(argument.name) or (_default(op, argument),)
@@ -145,17 +152,11 @@ _SWITCHES: Final[Mapping[str, tuple[Any, ...]]] = {
 """Parameters that choose a kernel and change no value."""
 
 _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
-    "reshape": ("view", "_unsafe_view"),
-    "transpose": ("swapaxes", "swapdims"),
-    "clamp": ("clip", "clamp_min", "clamp_max"),
-    "sub": ("subtract",),
-    "mul": ("multiply",),
-    "div": ("divide", "true_divide"),
-    "cat": ("concat", "concatenate"),
-    "neg": ("negative",),
-    "abs": ("absolute",),
+    "reshape": ("_unsafe_view",),
+    "clamp": ("clamp_min", "clamp_max"),
     "split": ("split_with_sizes",),
     "clone": ("lift_fresh_copy", "lift_fresh"),
+    "dropout": ("feature_dropout", "feature_alpha_dropout"),
     "logsigmoid": ("log_sigmoid",),
     "size": ("sym_size",),
     "numel": ("sym_numel",),
@@ -232,16 +233,11 @@ _OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
     "transpose": (
         (_ATEN.t.default, lambda input: None, lambda given: {**given, "dim0": 0, "dim1": 1}),
     ),
-    "sub": (
+    "power_of": (
         (
-            _ATEN.rsub.Scalar,
-            lambda input, other: None,
-            lambda given: {"input": given["other"], "other": given["input"], "alpha": 1},
-        ),
-        (
-            _ATEN.rsub.Tensor,
-            lambda input, other: None,
-            lambda given: {"input": given["other"], "other": given["input"], "alpha": 1},
+            _ATEN.pow.Scalar,
+            lambda base, exponent: None,
+            lambda given: {"input": given["exponent"], "base": given["base"]},
         ),
     ),
     "interpolate": (
@@ -269,3 +265,16 @@ _OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
 }
 
 _TAKEN: Final = frozenset(row[0] for rows in _OTHER_WORDS.values() for row in rows)
+
+_FIRST_OF_TWO: Final[Mapping[OpOverload, Function]] = {
+    _ATEN.adaptive_max_pool1d.default: F.adaptive_max_pool1d,
+    _ATEN.adaptive_max_pool2d.default: F.adaptive_max_pool2d,
+    _ATEN.adaptive_max_pool3d.default: F.adaptive_max_pool3d,
+    _ATEN.max_pool2d_with_indices.default: torch.max_pool2d,
+    _ATEN.max_pool3d_with_indices.default: torch.max_pool3d,
+}
+
+
+def first_of_two(target: object) -> Function | None:
+    """The function that gives the first result of an ATen overload whose second nobody reads."""
+    return _FIRST_OF_TWO.get(target) if isinstance(target, OpOverload) else None

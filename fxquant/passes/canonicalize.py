@@ -236,7 +236,7 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
     if op.build is not None:
         _adopt(editor, node, op, given)
         return
-    if _is_identity(op, given):
+    if _is_identity(op, given) and not _keeps_memory_apart(node, op):
         _forward(editor, node)
         return
     kind = _value_kind(op, given)
@@ -274,6 +274,14 @@ def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
     if op.name == "dropout":
         return given["training"] is False or given["p"] == 0
     return op.name in ("contiguous", "clone")
+
+
+def _keeps_memory_apart(node: Node, op: Op) -> bool:
+    """A copy made before one of the two is written into in place is no identity."""
+    return op.name in _COPIES and any(info(n).pinned for n in (node, *node.all_input_nodes))
+
+
+_COPIES: Final = ("clone", "contiguous")
 
 
 def _forward(editor: Editor, node: Node) -> None:

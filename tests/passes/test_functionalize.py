@@ -228,3 +228,15 @@ def test_the_callers_tensor_is_not_overwritten() -> None:
     before = x.clone()
     canonical(model_of(chained_on_what_it_reads), x)(x)
     assert torch.equal(x, before)
+
+
+def test_a_copy_of_what_is_written_into_later_stays_a_copy() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = x * 1.0
+        z = y.clone()
+        z[:, 0] = 0
+        return y + z
+
+    x = torch.randn(2, 3)
+    model = One(body)
+    check_eager(model, canonical(model, x), x)
