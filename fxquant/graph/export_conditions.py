@@ -104,8 +104,14 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "math.floor": math.floor,
     "math.ceil": math.ceil,
     "math.trunc": math.trunc,
+    "math.sqrt": math.sqrt,
     "torch.sym_min": min,
     "torch.sym_max": max,
+    "torch.sym_float": float,
+    "torch.sym_int": int,
+    "torch.sym_ite": lambda condition, yes, no: yes if condition else no,
+    "torch._sym_sqrt": math.sqrt,
+    "torch.sym_sqrt": math.sqrt,
 }
 
 

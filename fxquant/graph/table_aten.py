@@ -233,6 +233,17 @@ _OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
     "transpose": (
         (_ATEN.t.default, lambda input: None, lambda given: {**given, "dim0": 0, "dim1": 1}),
     ),
+    "tensordot": (
+        (
+            _ATEN.tensordot.default,
+            lambda a, b, own, others: None,
+            lambda given: {
+                "a": given["a"],
+                "b": given["b"],
+                "dims": (given["own"], given["others"]),
+            },
+        ),
+    ),
     "power_of": (
         (
             _ATEN.pow.Scalar,

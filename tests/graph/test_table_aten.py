@@ -30,6 +30,7 @@ _IN_PARTS: Final = {
     "softsign": "abs add div",
     "tanhshrink": "tanh sub",
     "norm": "vector_norm",
+    "tensordot": "tensordot",  # with both lists of dimensions written out
     "select": "getitem",
     "dim": "",
     "lp_pool1d": "pow avg_pool1d sign abs relu mul mul pow",
@@ -76,13 +77,15 @@ def test_an_exported_spelling_is_the_same_canonical_call(cell: Cell) -> None:
     shape = case.shapes.get(cell.key, case.shape)
     if cell.kind == "module":
         shape = case.modules[cell.key].shape or shape
-    inputs = _inputs(op, case, shape)
+    inputs = _inputs(op, case, shape, cell.key)
     model = _model(op, case, cell).eval().requires_grad_(False)
     found = exported(model, *inputs)
     check_eager(model, found, *(each.clone() for each in inputs))
     calls = [n for n in nodes(found) if info(n).value not in ("scalar", "sizes")]
     calls = [n for n in calls if getattr(n.target, "__name__", "") != "check_conditions"]
     said = [what(n) for n in calls]
+    if getattr(cell.key, "__module__", "").startswith("fxquant"):
+        return  # a function of fxquant's own, which no exported graph calls
     if cell.op in _IN_PARTS:
         assert " ".join(said) == _IN_PARTS[cell.op]
         return
