@@ -26,6 +26,7 @@ from fxquant.arguments import (
     tensor_example,
 )
 from fxquant.backends.base import Availability
+from fxquant.collector import collector_paused
 from fxquant.errors import (
     CalibrationError,
     ConfigError,
@@ -33,6 +34,7 @@ from fxquant.errors import (
     warn_user,
 )
 from fxquant.graph.capture import capture
+from fxquant.graph.copies import deep_copy
 from fxquant.graph.edit import Editor
 from fxquant.numerics.observers import Observer, summaries
 from fxquant.passes.base import Pass
@@ -249,8 +251,6 @@ def convert(
     made.backend = chosen.name
     made.observers = summaries([observer for observer in observers if observer.seen])
     made.unseen = tuple(observer.path for observer in observers if not observer.seen)
-    # After the summaries: the copy takes along the ranges they found.
-    converted = _working_copy(prepared)
 
     def watch(step: Pass, editor: Editor) -> None:
         if step.name == "read-ranges":
@@ -258,8 +258,11 @@ def convert(
         if step.name == "convert":
             made.ops = read_ops(editor.graph)
 
-    convert_recipe(chosen).run(converted, made, watch=watch)
-    _own_tensors(converted, prepared)
+    with collector_paused():
+        # After the summaries: the copy takes along the ranges they found.
+        converted = _working_copy(prepared)
+        convert_recipe(chosen).run(converted, made, watch=watch)
+        _own_tensors(converted, prepared)
     made.ops = with_kernels(made.ops, converted.graph, chosen.name)
     made.bytes_after = size_in_bytes(converted)
     attach(converted, made)
@@ -271,8 +274,8 @@ def convert(
 def _working_copy(prepared: GraphModule) -> GraphModule:
     """A copy that still shares float tensors and observers: most are about to go."""
     observers = [module for module in prepared.modules() if isinstance(module, Observer)]
-    shared = (*prepared.parameters(), *prepared.buffers(), *observers)
-    return copy.deepcopy(prepared, {id(each): each for each in shared})
+    shared = (*prepared.parameters(), *prepared.buffers(), *observers, record_of(prepared))
+    return deep_copy(prepared, {id(each): each for each in shared})
 
 
 def _own_tensors(converted: GraphModule, prepared: GraphModule) -> None:
@@ -315,7 +318,7 @@ def _prepare(
             "the model is in training mode; its copy is put in eval mode for quantization",
             FxQuantWarning,
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), collector_paused():
         start = time.perf_counter()
         captured = capture(model, args, kwargs, evaluate=True)
         record = Record("static", rung=captured.rung, bytes_before=size_in_bytes(model))

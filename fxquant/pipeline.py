@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
 from fxquant.errors import ConfigError
 from fxquant.graph.diff import GraphState, graph_state
-from fxquant.graph.edit import Edit, Editor
+from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
+from fxquant.graph.state import Known
 from fxquant.graph.verify import Stage, verify
 from fxquant.passes.base import Pass
 from fxquant.record import Record, Snapshot
@@ -62,6 +63,7 @@ class Pipeline:
         Raises:
             VerifyError: a pass broke a promise of its stage.
         """
+        known: Known = {}
         for step in self.passes:
             start = time.perf_counter()
             editor = Editor(module)
@@ -69,7 +71,9 @@ class Pipeline:
             verify(module, step.gives, step.name)
             if watch is not None:
                 watch(step, editor)
-            record.snapshots.append(_snapshot(step, editor, record, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            state = _state(editor, record, known)
+            record.snapshots.append(_snapshot(step, editor, state, seconds))
         module.recompile()
 
 
@@ -78,15 +82,14 @@ def first_snapshot(module: GraphModule, seconds: float) -> Snapshot:
     return Snapshot("capture", Stage.CAPTURED, (), seconds, graph_state(module.graph))
 
 
-def _snapshot(step: Pass, editor: Editor, record: Record, seconds: float) -> Snapshot:
-    state = _state(editor.log, editor, record)
+def _snapshot(step: Pass, editor: Editor, state: GraphState, seconds: float) -> Snapshot:
     places = {node.name: info(node).path for node in editor.graph.nodes} if editor.misses else {}
     near = tuple((rule, places.get(at, at), why) for rule, at, why in editor.misses)
     return Snapshot(step.name, step.gives, tuple(editor.log), seconds, state, near)
 
 
-def _state(log: Sequence[Edit], editor: Editor, record: Record) -> GraphState:
-    """An unchanged graph shares the state of the snapshot before."""
-    if not log and record.snapshots:
+def _state(editor: Editor, record: Record, known: Known) -> GraphState:
+    """An unchanged graph shares the state of the snapshot before, an unchanged node its state."""
+    if not editor.log and record.snapshots:
         return record.snapshots[-1].state
-    return graph_state(editor.graph)
+    return graph_state(editor.graph, known)

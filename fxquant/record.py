@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -38,6 +38,10 @@ class Snapshot:
     seconds: float
     state: GraphState
     near: tuple[tuple[str, str, str], ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        # Immutable all the way down; copies of a model share its history.
+        return self
 
 
 @dataclass(frozen=True)

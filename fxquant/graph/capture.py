@@ -6,7 +6,6 @@ bound to its value and guarded at call time. The batch size stays symbolic.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import os
@@ -24,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from fxquant.errors import TraceError
 from fxquant.graph.attention_modules import open_modules, settle_activations
+from fxquant.graph.copies import deep_copy
 from fxquant.graph.info import KEY, NodeInfo
 
 _LOCK: Final = threading.RLock()
@@ -295,7 +295,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy; computed tensors that a module keeps are copied without their history."""
     kept = [value for module in model.modules() for value in vars(module).values()]
     computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
-    made = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    made = deep_copy(model, {id(value): value.detach().clone() for value in computed})
     settle_activations(model, made)
     return made
 

@@ -113,6 +113,7 @@ class NodeInfo:
 
 
 _EMPTY: Final = NodeInfo()
+_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(NodeInfo))
 
 
 def info(node: Node) -> NodeInfo:
@@ -123,4 +124,9 @@ def info(node: Node) -> NodeInfo:
 
 def write_info(node: Node, **changes: Any) -> None:
     """Replace fields of a node's record; for :mod:`fxquant.graph` only, others use the editor."""
-    node.meta[KEY] = dataclasses.replace(info(node), **changes)
+    if not _FIELDS.issuperset(changes):
+        raise TypeError(f"a record has no fields {sorted(set(changes) - _FIELDS)}")
+    # What dataclasses.replace() does, in a tenth of the time: graphs have thousands of records.
+    record = object.__new__(NodeInfo)
+    record.__dict__.update(vars(info(node)), **changes)
+    node.meta[KEY] = record

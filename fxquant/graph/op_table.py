@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.info import info
+from fxquant.graph.info import KEY
 from fxquant.graph.ops import Kind, Op, Spelling
 from fxquant.graph.table_activations import ACTIVATION
 from fxquant.graph.table_arith import ARITHMETIC
@@ -161,7 +161,8 @@ _BOUNDARY_TENSORS: Final[Mapping[str, tuple[str, ...]]] = {
 
 def op_of(node: Node) -> Op | None:
     """The canonical op that ``node`` calls, or ``None``; only for canonicalized graphs."""
-    if info(node).opaque:
+    record = node.meta.get(KEY)
+    if record is not None and record.opaque:
         return None
     if node.op == "call_function":
         try:

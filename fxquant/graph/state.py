@@ -6,8 +6,10 @@ the values of weights have equal states.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,11 +188,17 @@ def _key(text: str) -> str:
 _INPUTS: Final = {"placeholder": "input", "get_attr": "attribute"}
 
 
-def graph_state(graph: Graph) -> GraphState:
+Known: TypeAlias = dict[Node, tuple[tuple[object, ...], NodeState]]
+"""States of nodes, each with all that it was read from."""
+
+
+def graph_state(graph: Graph, known: Known | None = None) -> GraphState:
     """The present state of ``graph`` as plain data; nothing in it refers to the graph.
 
     Args:
         graph: any torch.fx graph, with or without fxquant's records.
+        known: what an earlier call wrote here, or an empty dict to start with; nodes that are as
+            they were share their state, which saves time and memory.
 
     Example:
         >>> import torch.fx
@@ -201,7 +209,22 @@ def graph_state(graph: Graph) -> GraphState:
     # graph is made after every pass.
     targets: dict[int, str] = {}
     refs: dict[Node, Ref] = {}
-    return GraphState(tuple(_node_state(node, targets, refs) for node in graph.nodes))
+    states = []
+    for node in graph.nodes:
+        refs[node] = Ref(node.name)
+        facts = (node.op, node.target, node.args, node.kwargs, info(node), _attached(node))
+        old = known.get(node) if known is not None else None
+        if old is not None and all(map(operator.is_, old[0], facts)):
+            state = old[1]
+            setup = _setup(facts[-1])
+            if state.setup != setup:  # a module that was changed where it stands
+                state = dataclasses.replace(state, setup=setup)
+        else:
+            state = _node_state(node, targets, refs)
+        if known is not None:
+            known[node] = (facts, state)
+        states.append(state)
+    return GraphState(tuple(states))
 
 
 def _node_state(node: Node, targets: dict[int, str], refs: dict[Node, Ref]) -> NodeState:
@@ -211,7 +234,6 @@ def _node_state(node: Node, targets: dict[int, str], refs: dict[Node, Ref]) -> N
         named = target
     else:
         named = targets.get(id(target)) or targets.setdefault(id(target), _full_name(target))
-    refs[node] = Ref(node.name)
     at_target = named if node.op in ("call_module", "get_attr", "placeholder") else ""
     return NodeState(
         name=node.name,
@@ -220,7 +242,7 @@ def _node_state(node: Node, targets: dict[int, str], refs: dict[Node, Ref]) -> N
         target=named,
         args=tuple([_argument(value, refs) for value in node.args]),
         kwargs=tuple([(key, _argument(value, refs)) for key, value in node.kwargs.items()]),
-        setup=_setup(node),
+        setup=_setup(_attached(node)),
         path=record.path or at_target,
         source=record.source,
         origins=record.origins,
@@ -289,13 +311,18 @@ _PUBLIC: Final = {
 }
 
 
-def _setup(node: Node) -> str:
+def _attached(node: Node) -> Any:
+    """The module or tensor that a node names; ``None`` where it names none."""
     owner = node.graph.owning_module
     if node.op not in ("call_module", "get_attr") or not isinstance(owner, GraphModule):
-        return ""
+        return None
     found: Any = owner
     for part in str(node.target).split("."):
         found = getattr(found, part, None)
+    return found
+
+
+def _setup(found: Any) -> str:
     if isinstance(found, torch.Tensor):
         return _tensor(found)
     # Only torch's own: a user's extra_repr may be slow, may raise, may change from run to run.

@@ -57,16 +57,21 @@ class Unit:
 
 def flat_nodes(value: Any) -> Iterator[Node]:
     """Every node inside an argument, in order, with repeats."""
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from flat_nodes(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from flat_nodes(item)
-    elif isinstance(value, slice):
-        yield from flat_nodes((value.start, value.stop, value.step))
+    found: list[Node] = []
+    _collect((value,), found)
+    return iter(found)
+
+
+def _collect(values: Iterable[Any], found: list[Node]) -> None:
+    for value in values:
+        if isinstance(value, Node):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            _collect(value, found)
+        elif isinstance(value, dict):
+            _collect(value.values(), found)
+        elif isinstance(value, slice):
+            _collect((value.start, value.stop, value.step), found)
 
 
 def tensor_sources(node: Node) -> tuple[Node, ...]:

@@ -57,7 +57,7 @@ class ReadRanges(Pass):
                 self._read(editor, value, watcher, missing)
             with editor.rule("erase-observer"):
                 editor.erase(node)
-        editor.module.delete_all_unused_submodules()
+        editor.drop_unused_modules()
         for node in editor.graph.nodes:
             editor.note_values(node, macs=count_macs(node, lambda value: info(value).shape))
         self._settle(editor, missing)

@@ -176,7 +176,6 @@ class RuleSet:
 
 
 def _run(rule: Rule, match: Match, editor: Editor) -> None:
-    place = around(match.root)
     try:
         with editor.rule(rule.name, line=rule.line):
             rule.rewrite(match, editor)
@@ -187,5 +186,5 @@ def _run(rule: Rule, match: Match, editor: Editor) -> None:
         record = info(match.root)
         raise PatternError(
             f"rule {rule.name!r} ({rule.line}) failed at {record.path or match.root.name}: "
-            f"{type(error).__name__}: {error}\n{place}"
+            f"{type(error).__name__}: {error}\n{around(match.root)}"
         ) from error
