@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
-_PACKED: Final = ("_call", "_weights", "_kernel")
+_PACKED: Final = ("_call", "_head", "_kernel")
 """Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
 
@@ -168,8 +168,9 @@ class X86Conv(X86Layer):
         g = self.geometry
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
-        self._head = (self.reads.scale, self.reads.zero_point)
         self._call = (
+            self.reads.scale,
+            self.reads.zero_point,
             self._packed(),
             self.weight_scale,
             zeros,
@@ -198,7 +199,7 @@ class X86Conv(X86Layer):
             return self.forward(codes.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
-        result: Tensor = self._kernel(codes, *self._head, *self._call)
+        result: Tensor = self._kernel(codes, *self._call)
         return result if self.floor is None else result.clamp_(min=self.floor)
 
 
@@ -214,8 +215,13 @@ class X86ConvSum(X86Conv):
         g = self.geometry
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel = _ONEDNN.qconv2d_pointwise.binary
-        self._head = (self.reads.scale, self.reads.zero_point)
-        self._weights = (self._packed(), self.weight_scale, zeros)
+        self._head = (
+            self.reads.scale,
+            self.reads.zero_point,
+            self._packed(),
+            self.weight_scale,
+            zeros,
+        )
         self._call = (
             self.bias,
             list(g.stride),
@@ -239,7 +245,7 @@ class X86ConvSum(X86Conv):
         if codes.numel() == 0:
             return self._nothing(codes)
         total = other.contiguous(memory_format=torch.channels_last)
-        result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
+        result: Tensor = self._kernel(codes, *self._head, total, *self._call)
         return result
 
 
@@ -262,8 +268,9 @@ class X86Linear(X86Layer):
         """Reorder the weight and lay out the call's constant arguments."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
-        self._head = (self.reads.scale, self.reads.zero_point)
         self._call = (
+            self.reads.scale,
+            self.reads.zero_point,
             _ONEDNN.qlinear_prepack(self._matrix(), None),
             self.weight_scale,
             zeros,
@@ -287,7 +294,7 @@ class X86Linear(X86Layer):
         """One kernel call; ``codes`` uint8 or int8 ``[..., features]``."""
         if codes.numel() == 0:
             return self._nothing(codes)
-        result: Tensor = self._kernel(codes, *self._head, *self._call)
+        result: Tensor = self._kernel(codes, *self._call)
         return result
 
 
@@ -302,8 +309,13 @@ class X86LinearSum(X86Linear):
         """As for a plain linear, with the sum's own scale."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel = _ONEDNN.qlinear_pointwise.binary
-        self._head = (self.reads.scale, self.reads.zero_point)
-        self._weights = (_ONEDNN.qlinear_prepack(self._matrix(), None), self.weight_scale, zeros)
+        self._head = (
+            self.reads.scale,
+            self.reads.zero_point,
+            _ONEDNN.qlinear_prepack(self._matrix(), None),
+            self.weight_scale,
+            zeros,
+        )
         self._call = (
             self.bias,
             *self._output(),
@@ -321,5 +333,5 @@ class X86LinearSum(X86Linear):
         if codes.numel() == 0:
             return self._nothing(codes)
         total = other.contiguous()
-        result: Tensor = self._kernel(codes, *self._head, *self._weights, total, *self._call)
+        result: Tensor = self._kernel(codes, *self._head, total, *self._call)
         return result

@@ -39,7 +39,7 @@ class X86Stem(X86Conv):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.numel() == 0:
             return self._nothing(quantize(x, *limits, reads.dtype))
-        result: Tensor = self._kernel(quantize_pixels(x, *limits), *self._head, *self._call)
+        result: Tensor = self._kernel(quantize_pixels(x, *limits), *self._call)
         return result
 
 
