@@ -10,10 +10,13 @@ from fxquant.backends.base import INT8_OPS, Availability, Backend
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86, has_vnni
 from fxquant.errors import ConfigError
+from fxquant.passes.adopt_products import AdoptProducts
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
+from fxquant.passes.decompose import Decompose
+from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse import Fuse
 from fxquant.passes.lower import Lower
@@ -51,14 +54,18 @@ def prepare_recipe(
         patterns: fusion rules beside the built-in ones.
         ranks: how many dimensions each input has, as far as that is known.
     """
+    known = tuple(sorted(ranks.items()))
     return Pipeline(
         (
             Functionalize(),
             Unshare(),
+            FoldConstants(),
             Canonicalize(),
             SplitPadding(),
+            Decompose(known),
+            AdoptProducts(known),
             Configure(qconfig, overrides),
-            Fuse((*patterns, *FUSION_RULES), tuple(sorted(ranks.items()))),
+            Fuse((*patterns, *FUSION_RULES), known),
             Annotate(INT8_OPS),
             Observe(),
         )

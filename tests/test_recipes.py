@@ -26,8 +26,8 @@ def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
     steps = prepare_recipe(QConfig(), (), (), {}).passes
     assert steps[0].needs is Stage.CAPTURED
     assert [step.name for step in steps] == [
-        "functionalize", "unshare", "canonicalize", "split-padding", "configure", "fuse",
-        "annotate", "observe",
+        "functionalize", "unshare", "fold-constants", "canonicalize", "split-padding",
+        "decompose", "adopt-products", "configure", "fuse", "annotate", "observe",
     ]  # fmt: skip
 
 

@@ -288,7 +288,10 @@ class Editor:
         setattr(self.module.get_submodule(parent), leaf, module)
 
     def add_buffer(self, path: str, tensor: torch.Tensor) -> str:
-        """Put a tensor at ``path``, making empty parents as needed; returns where it stands."""
+        """Put a tensor at ``path``, making empty parents as needed; returns where it stands.
+
+        A parameter stays one.
+        """
         free = self.free_path(path)
         parent, _, leaf = free.rpartition(".")
         owner: nn.Module = self.module
@@ -296,7 +299,10 @@ class Editor:
             if not isinstance(getattr(owner, part, None), nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.register_buffer(leaf, tensor)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
         return free
 
     def free_path(self, path: str) -> str:

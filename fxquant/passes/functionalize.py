@@ -51,7 +51,9 @@ class Functionalize(Pass):
         aliases = [n for n in memory.sharing(target) if n is not target]
         earlier = [n for n in aliases if order[n] < order[node]]
         viewed = any(order[user] > order[node] for n in earlier for user in n.users)
-        if node.target is operator.setitem or viewed:
+        # What is written into a tensor of the model must be there in the next call.
+        held = any(n.op == "get_attr" for n in (target, *aliases))
+        if node.target is operator.setitem or viewed or held:
             why = f"%{node.name} writes into its memory in place"
             with editor.rule("pin-memory"):
                 for alias in (target, *aliases):
