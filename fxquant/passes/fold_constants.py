@@ -95,11 +95,12 @@ def _worth(node: Node, value: Any, values: dict[Node, Any]) -> bool:
     """A tensor that is no larger than what it is made from, directly or not."""
     if not isinstance(value, Tensor):
         return False
-    todo, leaves = [node], {}
+    todo: list[Node] = [node]
+    leaves: dict[Node, int] = {}
     while todo:
         for source in flat_nodes((todo[-1].args, dict(todo.pop().kwargs))):
             if source.op == "get_attr":
                 leaves[source] = values[source].numel()
             else:
                 todo.append(source)
-    return int(value.numel()) <= sum(leaves.values())
+    return value.numel() <= sum(leaves.values())
