@@ -98,7 +98,10 @@ MEASURED: Final = Costs(
 )
 
 _ARITHMETIC: Final = (
-    *("add", "sub", "mul", "div", "cat", "stack", "batch_norm", "mean", "interpolate"),
+    *("add", "sub", "mul", "div", "cat", "stack", "batch_norm", "mean", "sum", "interpolate"),
+    *("maximum", "minimum", "addcmul", "addcdiv", "lerp", "prelu", "glu"),
+    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"),
+    *("local_response_norm", "softmax", "log_softmax", "norm", "vector_norm"),
     *(f"{kind}_pool{rank}d" for kind in ("avg", "adaptive_avg") for rank in (1, 2, 3)),
 )
 

@@ -11,6 +11,7 @@ import torch
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.backends.x86_layer_rules import LAYER_RULES
 from fxquant.backends.x86_move_rules import MOVE_RULES
+from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_rules import OP_RULES
 from fxquant.patterns.rule import Rule
 
@@ -35,7 +36,7 @@ class X86:
     """Int8 kernels of the oneDNN that torch is built with."""
 
     name: str = "x86"
-    rules: tuple[Rule, ...] = (*LAYER_RULES, *OP_RULES, *MOVE_RULES)
+    rules: tuple[Rule, ...] = (*LAYER_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES)
     costs: Costs = MEASURED
 
     @property

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.graph.info import QType
-from fxquant.graph.op_table import op_named
 from fxquant.numerics.affine import quantize
 from fxquant.numerics.lut import apply_table
 
@@ -148,32 +147,3 @@ class TableCodes(nn.Module):
     def extra_repr(self) -> str:
         """The function and the result's type, for ``print(model)``."""
         return f"{self.name} -> {self.writes}"
-
-
-class AverageCodes(nn.Module):
-    """``quantize(average(real(codes)))``: the affine map moves past the average.
-
-    Sums of codes are exact in float32 below 2**24, so only the last steps round.
-
-    Args:
-        name: the canonical op, an average over a fixed number of elements.
-        options: its arguments after the input.
-        reads: type of the input.
-        writes: type of the result.
-    """
-
-    def __init__(self, name: str, options: dict[str, Any], reads: QType, writes: QType) -> None:
-        super().__init__()
-        self.name, self.options, self.reads, self.writes = name, options, reads, writes
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Average the codes, then map once per result."""
-        average = op_named(self.name).target
-        mean: Tensor = average(codes.float(), **self.options)  # type: ignore[misc]
-        out = self.writes
-        real = mean.sub_(self.reads.zero_point).mul_(self.reads.scale)
-        return quantize(real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype)
-
-    def extra_repr(self) -> str:
-        """The op and types, for ``print(model)``."""
-        return f"{self.name}, {self.reads} -> {self.writes}"

@@ -16,14 +16,12 @@ from torch.fx import Node
 from fxquant.backends.rule_parts import (
     dequantized,
     options_are_constant,
-    options_of,
     put_op,
     quantized,
     writes_of,
 )
 from fxquant.backends.x86_layer_rules import codes_type, put
 from fxquant.backends.x86_ops import (
-    AverageCodes,
     NormCodes,
     PairCodes,
     TableCodes,
@@ -39,11 +37,6 @@ from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.norm import affine_of
 from fxquant.patterns.rule import Rule
 from fxquant.patterns.units import ACTIVATIONS
-
-_AVERAGES: Final = (
-    "mean",
-    *(f"{kind}_pool{rank}d" for kind in ("avg", "adaptive_avg") for rank in (1, 2, 3)),
-)
 
 
 def full_codes(match: Match) -> Reject | None:
@@ -110,23 +103,6 @@ def _lower_requantize(match: Match, editor: Editor) -> None:
     put(match, editor, module, (codes,), writes, path=f"{like.name}_requantize", like=like)
 
 
-def _lower_average(match: Match, editor: Editor) -> None:
-    node = match.node("op")
-    name = op_of(node).name  # type: ignore[union-attr]
-    module = AverageCodes(name, options_of(node), codes_type(match.node("dq")), writes_of(match))
-    put_op(match, editor, module, "dq")
-
-
-def averages_pixels_only(match: Match) -> Reject | None:
-    """Zeros that padding adds are not code 0, so padded averages are computed in float."""
-    options = options_of(match.node("op"))
-    padding = options.get("padding", 0)
-    padded = any(padding) if isinstance(padding, tuple | list) else bool(padding)
-    if padded or options.get("ceil_mode") or options.get("divisor_override") is not None:
-        return Reject("it averages over padding", match.node("op"))
-    return None
-
-
 def _lower_norm(match: Match, editor: Editor) -> None:
     scale, shift = affine_of(module_of(match.node("op")))
     reads, writes = codes_type(match.node("dq")), writes_of(match)
@@ -182,12 +158,6 @@ OP_RULES: Final = (
         "x86-requantize",
         quantized(op(DEQUANTIZE, var("x"), name="op", shared=True)),
         _lower_requantize,
-    ),
-    Rule(
-        "x86-average",
-        quantized(op(_AVERAGES, dequantized("dq", "x"), name="op")),
-        _lower_average,
-        (averages_pixels_only, options_are_constant),
     ),
     Rule(
         "x86-batch-norm",

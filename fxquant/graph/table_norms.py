@@ -24,6 +24,9 @@ class FunctionalBatchNorm(nn.modules.batchnorm._BatchNorm):
 class FunctionalInstanceNorm(nn.modules.instancenorm._InstanceNorm):
     """An instance norm written as ``F.instance_norm``, which takes inputs of any rank."""
 
+    def _get_no_batch_dim(self) -> int:
+        return -1
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` has a batch and any number of further dimensions, but one at least."""
         return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)

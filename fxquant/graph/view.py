@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, op_of
+from fxquant.graph.ops import Kind
 from fxquant.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -84,8 +85,24 @@ def tensor_sources(node: Node) -> tuple[Node, ...]:
     return tuple(flat_nodes(node.args[: len(op.tensors)]))
 
 
+def constant_values(graph: Graph) -> dict[Node, None]:
+    """The values that depend on parameters and buffers alone, and on sizes at most."""
+    found: dict[Node, None] = {}
+    for node in graph.nodes:
+        sources = tensor_sources(node)
+        computed = node.op == "call_function" and sources and all(s in found for s in sources)
+        if node.op == "get_attr" or computed:
+            found[node] = None
+    return found
+
+
 def units(graph: Graph) -> tuple[Unit, ...]:
-    """The fused units of a graph, in graph order of their outputs; a lone op is a unit too."""
+    """The fused units of a graph, in graph order of their outputs; a lone op is a unit too.
+
+    A constant that arithmetic reads is no input: a layer's scale or a learned position stays in
+    float, where it is exact. What is joined with codes, or multiplied as a matrix, is one.
+    """
+    constants = constant_values(graph)
     members: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if op_of(node) is not None and info(node).value not in ("scalar", "sizes"):
@@ -97,7 +114,7 @@ def units(graph: Graph) -> tuple[Unit, ...]:
             Edge(node, source)
             for node in nodes
             for source in tensor_sources(node)
-            if source not in inside
+            if source not in inside and not (source in constants and _computes(node))
         )
         found[nodes[-1]] = Unit(tuple(nodes), edges)
     return tuple(found[node] for node in graph.nodes if node in found)
@@ -192,3 +209,8 @@ def to_networkx(graph: Graph) -> nx.MultiDiGraph[str]:
         for place, source in enumerate(flat_nodes(tuple(arguments))):
             view.add_edge(source.name, node.name, place=place)
     return view
+
+
+def _computes(node: Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.kind is Kind.ARITH

@@ -15,15 +15,15 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import moves_codes
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
-from fxquant.graph.view import Unit, flat_nodes, tensor_sources, units
+from fxquant.graph.view import Unit, constant_values, flat_nodes, tensor_sources, units
 from fxquant.passes.base import Pass
 
-_PAIRS: Final = ("add", "sub", "mul", "div")
+
+_FIXED: Final = Decision(False, "it is computed from parameters alone", "annotate")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class Annotate(Pass):
     def run(self, editor: Editor) -> None:
         """Decide unit by unit; calls the op table cannot read are decided one by one."""
         with editor.rule("annotate"):
+            constants = constant_values(editor.graph)
             for unit in units(editor.graph):
-                decision = self.decide(unit)
+                fixed = all(node in constants for node in unit.nodes)
+                decision = _FIXED if fixed else self.decide(unit)
                 for node in unit.nodes:
                     editor.annotate(node, decision=decision)
             for node in editor.graph.nodes:
@@ -77,16 +79,17 @@ class Annotate(Pass):
             return "it answers a question about a shape"
         if op.name not in self.int8_ops:
             return self.reasons.get(op.name, f"{op.name} has no int8 form here")
-        if op.name == "interpolate" and not moves_codes(node):
-            return f"interpolate with mode={argument(node, 'mode')!r} has no int8 form here"
         if op.name == "batch_norm" and module_of(node).training:
             return "a batch norm in training mode changes with every batch"
+        if op.name == "batch_norm" and getattr(module_of(node), "running_mean", None) is None:
+            return "a batch norm without running statistics mixes the pictures of a batch"
         if op.name == "dropout":
             return "it is active dropout"
         if op.name == "rrelu" and argument(node, "training"):
             return "its slopes are drawn anew in every call"
-        if op.name == "div" and isinstance(argument(node, "other"), Node):
-            return "division by a tensor has no int8 form here"
+        if op.name == "instance_norm" and getattr(module_of(node), "track_running_stats", False):
+            if module_of(node).training:
+                return "an instance norm that tracks statistics changes them when training"
         if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):
             return "its options are computed in every call"
         return None

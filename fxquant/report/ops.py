@@ -11,7 +11,7 @@ from fxquant.graph.capture import check_bound
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
-from fxquant.graph.view import Unit, flat_nodes, units, what
+from fxquant.graph.view import Unit, constant_values, flat_nodes, units, what
 from fxquant.record import OpRecord
 
 _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
@@ -20,10 +20,17 @@ _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
 def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
     """One record per unit of a Q/DQ graph, in graph order; kernels are not known yet.
 
+    What depends on parameters alone is no op of the user's data, and has none.
+
     Args:
         graph: the graph right after the convert pass.
     """
-    by_output = {unit.output: unit for unit in units(graph) if not is_op(unit.output, *_BOUNDARY)}
+    constants = constant_values(graph)
+    by_output = {
+        unit.output: unit
+        for unit in units(graph)
+        if unit.output not in constants and not is_op(unit.output, *_BOUNDARY)
+    }
     found = []
     for node in graph.nodes:
         unit = by_output.get(node)
@@ -150,9 +157,11 @@ def with_kernels(ops: tuple[OpRecord, ...], graph: Graph, backend: str) -> tuple
 
 
 def _with_kernel(op: OpRecord, kernels: dict[str, str], backend: str) -> OpRecord:
-    found = next((kernels[name] for name in op.origins if name in kernels), None)
-    if found is not None or backend == "reference":
-        return dataclasses.replace(op, kernel=found or "reference")
+    found = " + ".join(dict.fromkeys(kernels[name] for name in op.origins if name in kernels))
+    if found or backend == "reference":
+        in_float = [name for name in op.origins if name not in kernels] if found else []
+        rest = f" + float {', '.join(in_float)}" if in_float else ""
+        return dataclasses.replace(op, kernel=f"{found}{rest}" or "reference")
     why = f"{backend} has no kernel for it: codes are dequantized, computed on and quantized again"
     return dataclasses.replace(op, int8=False, why=why, by=f"backend {backend}", kernel="float")
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant.backends.x86_moves import MaxPool2dCodes, ThroughFloat
-from fxquant.backends.x86_ops import AverageCodes, NormCodes, PairCodes, TableCodes
+from fxquant.backends.x86_ops import NormCodes, PairCodes, TableCodes
+from fxquant.backends.x86_reduce import AverageCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.lut import make_table
 from tests.backends.oracles import (

@@ -256,23 +256,11 @@ MOVES: Final[dict[str, Op]] = {
 }  # fmt: skip
 
 IN_FLOAT: Final[dict[str, Op]] = {
-    "padded avg pool": Op(lambda m, y, z: F.avg_pool2d(y, 3, 1, padding=1), "float"),
-    "ceil avg pool": Op(lambda m, y, z: F.avg_pool2d(y, 3, 2, ceil_mode=True), "float"),
-    "divisor avg pool": Op(lambda m, y, z: F.avg_pool2d(y, 2, divisor_override=3), "float"),
-    "bilinear": Op(
-        lambda m, y, z: F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False),
-        "float",
-    ),
-    "division of tensors": Op(lambda m, y, z: pool(y) / (pool(z).abs() + 1), "float"),
     "unknown": Op(lambda m, y, z: torch.cumsum(y, 1), "float"),
     "cat of chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 2), 1), "float"),
     "stack of parts": Op(lambda m, y, z: torch.stack(y.unbind(2), 2), "float"),
     "reversed chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 1)[::-1], 1), "float"),
-    "softmax": Op(lambda m, y, z: y.softmax(1), "float"),
-    "norm of a line": Op(
-        lambda m, y, z: m.norm(F.max_pool1d(y, 2)), "float", LINE,
-        (("norm", lambda: trained_norm(nn.BatchNorm1d)),),
-    ),
+    "spread": Op(lambda m, y, z: y.var(1, keepdim=True), "float"),
 }  # fmt: skip
 """Ops without an int8 form or kernel: they must run anyway, and the report must say so."""
 

@@ -324,9 +324,9 @@ def test_nothing_int8_is_an_error_that_says_why() -> None:
 
 
 def test_a_model_of_float_ops_only() -> None:
-    model = nn.Sequential(nn.LayerNorm(8), nn.Softmax(-1)).eval()
-    with pytest.raises(LoweringError, match="layer_norm has no int8 form here"):
-        fxquant.quantize(model, [torch.randn(4, 8)])
+    model = nn.Sequential(nn.LPPool1d(2, 2), nn.CrossMapLRN2d(3)).eval()
+    with pytest.raises(LoweringError, match="lp_pool1d has no int8 form here"):
+        fxquant.quantize(model, [torch.randn(1, 4, 8, 8)])
 
 
 def test_a_branch_that_data_never_reaches_stays_float_and_is_listed() -> None:

@@ -49,13 +49,8 @@ def test_what_has_an_int8_form(body: Body) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda m, x: torch.softmax(x, 1), "softmax has no int8 form here"),
+        (lambda m, x: torch.var(x, 1), "var has no int8 form here"),
         (lambda m, x: torch.cumsum(x, 1), "the op table does not know cumsum"),
-        (lambda m, x: x / x, "division by a tensor has no int8 form here"),
-        (
-            lambda m, x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
-            "interpolate with mode='bilinear' has no int8 form here",
-        ),
         (lambda m, x: F.dropout(x, 0.5), "it is active dropout"),
         (lambda m, x: x * x.size(0), "%size is a number computed in every call"),
         (lambda m, x: x.clamp(max=x.size(0)), "its options are computed in every call"),
