@@ -72,9 +72,9 @@ def _table(match: Match, editor: Editor, function: Callable[[Tensor], Tensor], n
 def _lower_unary(match: Match, editor: Editor) -> None:
     node = match.node("op")
     found = op_of(node)
-    if found is None or found.target is None:
+    if found is None:
         return
-    target = found.target
+    target: Callable[..., Tensor] = found.target or module_of(node)
     rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
 
     def function(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ OP_RULES: Final = (
     ),
     Rule(
         "x86-table",
-        quantized(op(ACTIVATIONS, dequantized("dq", "x"), name="op")),
+        quantized(op((*ACTIVATIONS, "unary"), dequantized("dq", "x"), name="op")),
         _lower_unary,
         (options_are_constant,),
     ),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant.graph.chain import UnaryChain
 from fxquant.graph.functions import power_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_entry import entry, plain, sig, spellings
@@ -88,6 +89,7 @@ _REAL_FUNCTIONS: Final = (
             inplace=True,
         ),
     ),
+    entry("unary", Kind.UNARY, None, sig(lambda input: None), modules=(UnaryChain,)),
     entry(
         "power_of",
         Kind.UNARY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fxquant.patterns import conv, linear, norm, residual
+from fxquant.patterns import conv, linear, norm, residual, unary
 from fxquant.patterns.rule import Rule
 
 FUSION_RULES: Final[tuple[Rule, ...]] = (
@@ -12,4 +12,5 @@ FUSION_RULES: Final[tuple[Rule, ...]] = (
     *conv.RULES,
     *linear.RULES,
     *residual.RULES,
+    *unary.RULES,
 )

@@ -32,6 +32,14 @@ def adds_a_tensor(match: Match) -> Reject | None:
     return None
 
 
+def combines_tensors(match: Match) -> Reject | None:
+    """With a number it is a function of one element, and a table takes it as a whole."""
+    head = match.node("head")
+    if not is_op(head, "batch_norm") and not isinstance(head.args[1], Node):
+        return Reject("the other operand is a number", head)
+    return None
+
+
 def is_the_later_layer(match: Match) -> Reject | None:
     """Of two layers the one that runs last takes the sum."""
     head, other = match.node("head"), match.bound["y"]
@@ -51,6 +59,6 @@ RULES: Final = (
         "arithmetic-relu",
         op("relu", op(("add", "sub", "mul", "batch_norm"), var("x"), name="head")),
         group,
-        CHECKS,
+        (*CHECKS, combines_tensors),
     ),
 )

@@ -8,8 +8,12 @@ from fxquant.graph.op_table import op_named, op_names
 from fxquant.graph.ops import Kind
 from fxquant.patterns.match import Match, Reject
 
-ACTIVATIONS = tuple(name for name in op_names() if op_named(name).kind is Kind.UNARY)
-"""Every elementwise function of one tensor may end a unit."""
+ACTIVATIONS = tuple(
+    name
+    for name in op_names()
+    if op_named(name).kind is Kind.UNARY and op_named(name).target is not None
+)
+"""Every elementwise function of one tensor may end a unit; a chain of them runs as a table."""
 
 
 def one_wish(match: Match) -> Reject | None:

@@ -53,11 +53,9 @@ def part(make: Callable[[], nn.Module]) -> tuple[tuple[str, Callable[[], nn.Modu
     return (("n", stirred(make)),)
 
 
-class Tracking(nn.InstanceNorm3d):
+def tracking(channels: int) -> nn.Module:
     """An instance norm that uses the statistics of its training."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=True, track_running_stats=True)
+    return nn.InstanceNorm3d(channels, affine=True, track_running_stats=True)
 
 
 SCALE: Final = part(lambda: Held(8, 1, 1))
@@ -79,7 +77,7 @@ NORMS: Final[dict[str, Op]] = {
     "instance_norm affine": Op(lambda m, y, z: m.n(y), "StatisticsCodes", LINE,
         part(lambda: nn.InstanceNorm1d(8, affine=True))),
     "instance_norm tracking": Op(lambda m, y, z: m.n(y), "AffineCodes", CUBE,
-        (("n", lambda: trained_norm(Tracking)),)),
+        (("n", lambda: trained_norm(tracking)),)),
     "F.instance_norm": Op(lambda m, y, z: F.instance_norm(y), "StatisticsCodes", CUBE),
     "rms_norm": Op(lambda m, y, z: m.n(y), "StatisticsCodes", ROWS, part(lambda: nn.RMSNorm(8))),
     "rms_norm plain": Op(lambda m, y, z: F.rms_norm(y, (8,), eps=1e-3), "StatisticsCodes", ROWS),
@@ -165,7 +163,7 @@ ARITHMETIC: Final[dict[str, Op]] = {
         lambda m, y, z: m.n.weight / (pool(y).abs() + 0.5), "RealCodes", IMAGE, SCALE
     ),
     "constant made by a view": Op(
-        lambda m, y, z: pool(y) * m.n.weight[:, None, None], "RealCodes", IMAGE,
+        lambda m, y, z: pool(y) * m.n.weight[:, None, None], "AffineCodes", IMAGE,
         part(lambda: Held(8)),
     ),
 }  # fmt: skip

@@ -101,7 +101,7 @@ def batches(shape: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape) for _ in range(3)]
 
 
-def trained_norm(cls: type[nn.Module] = nn.BatchNorm2d, channels: int = 8) -> nn.Module:
+def trained_norm(cls: Callable[[int], nn.Module] = nn.BatchNorm2d, channels: int = 8) -> nn.Module:
     norm: Any = cls(channels)
     with torch.no_grad():
         norm.weight.uniform_(-1.5, 1.5)

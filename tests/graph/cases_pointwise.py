@@ -78,6 +78,7 @@ POINTWISE: Final[dict[str, Case]] = {
     ),
     "glu": Case(options={"dim": 1}, modules=(Spelled(lambda: nn.GLU(1)),)),
     "pow": Case(options={"exponent": 2}),
+    "unary": Case(),
     "power_of": Case(options={"base": 2}),
     "rsub": Case(options={"other": 2, "alpha": 0.5}),
     "add": Case(

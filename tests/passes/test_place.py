@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxquant.backends.base import MEASURED, Cost, Costs
@@ -93,13 +94,14 @@ def test_readers_in_float_share_one_conversion() -> None:
 
 
 Sides = dict[str, bool]
+TWO = ("normalize", "normalize_1")
 
 
 def price(table: Costs, side: Sides) -> float:
-    """What conv a -> mul -> mul_1 -> conv b costs with these sides."""
+    """What conv a -> normalize -> normalize_1 -> conv b costs with these sides."""
     side = {**side, "a": True, "b": True}
-    total = sum((table.codes if side[n] else table.real)("mul").of(0) for n in ("mul", "mul_1"))
-    for maker, reader in (("a", "mul"), ("mul", "mul_1"), ("mul_1", "b")):
+    total = sum((table.codes if side[n] else table.real)("normalize").of(0) for n in TWO)
+    for maker, reader in (("a", TWO[0]), TWO, (TWO[1], "b")):
         if side[maker] and not side[reader]:
             # A layer can write float itself: that is half a conversion.
             total += table.dequantize.of(0) * (0.5 if maker == "a" else 1.0)
@@ -111,9 +113,9 @@ def price(table: Costs, side: Sides) -> float:
 @pytest.mark.parametrize("code", [1.0, 9.0, 12.0, 16.0, 40.0])
 @pytest.mark.parametrize(("quantize", "dequantize"), [(1.0, 1.0), (10.0, 5.0), (30.0, 3.0)])
 def test_the_cut_is_the_cheapest(code: float, quantize: float, dequantize: float) -> None:
-    table = costs(quantize, dequantize, codes={"mul": code}, real={"mul": 8.0})
-    found = placed(lambda m, x: m.b(m.a(x) * 2 * 3), table)
-    ways = [dict(zip(("mul", "mul_1"), s, strict=True)) for s in product((True, False), repeat=2)]
+    table = costs(quantize, dequantize, codes={"normalize": code}, real={"normalize": 8.0})
+    found = placed(lambda m, x: m.b(F.normalize(F.normalize(m.a(x)))), table)
+    ways = [dict(zip(TWO, s, strict=True)) for s in product((True, False), repeat=2)]
     assert price(table, found) == min(price(table, way) for way in ways)
 
 

@@ -135,8 +135,8 @@ def test_a_broadcast_sum_is_exact_too() -> None:
     ("body", "op"),
     [
         (lambda m, x: torch.relu(x + x.flip(0)), "add"),
-        (lambda m, x: torch.relu(x - 1), "sub"),
-        (lambda m, x: torch.relu(x * 2), "mul"),
+        (lambda m, x: torch.relu(x - x.flip(0)), "sub"),
+        (lambda m, x: torch.relu(x * x.flip(0)), "mul"),
         (lambda m, x: torch.relu(m.bn(x)), "batch_norm"),
     ],
 )

@@ -1,0 +1,251 @@
+"""Elementwise ops that depend on one tensor become one op, for which one table will do.
+
+    x * sigmoid(x)                                   ->   silu(x), an op that kernels know
+    0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3)))  ->   gelu(x, approximate="tanh")
+    tanh(3 * x) - x                                  ->   unary(x), a chain of steps
+
+Which of the known ops a chain is, is found by computing both in float64 on a dense grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxquant.graph.chain import Earlier, Step, UnaryChain
+from fxquant.graph.edit import Editor
+from fxquant.graph.info import info
+from fxquant.graph.op_table import module_of, op_named, op_names, op_of
+from fxquant.graph.ops import Kind
+from fxquant.graph.view import flat_nodes, tensor_sources
+from fxquant.patterns.expr import op, var
+from fxquant.patterns.match import Match, Reject
+from fxquant.patterns.rule import Rule
+
+UNARY: Final = tuple(name for name in op_names() if op_named(name).kind is Kind.UNARY)
+PAIRS: Final = ("add", "sub", "mul", "div", "maximum", "minimum")
+
+KNOWN: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+    ("silu", {}),
+    ("gelu", {"approximate": "none"}),
+    ("gelu", {"approximate": "tanh"}),
+    ("hardswish", {}),
+    ("mish", {}),
+    ("hardsigmoid", {}),
+)
+"""Ops that people write out by hand, and that kernels know by name."""
+
+_AGREE: Final = 1e-9
+_LONGEST: Final = 64
+"""How many ops one chain may have; nobody writes more, and searching is bounded."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elementwise nodes that depend on one value.
+
+    Args:
+        source: the value.
+        nodes: the nodes, in graph order; only the last is read outside.
+    """
+
+    source: Node
+    nodes: tuple[Node, ...]
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether every result of ``node`` depends on one element of each tensor, and on constants."""
+    found = op_of(node)
+    record = info(node)
+    if found is None or record.pinned or record.unit is not None or record.opaque:
+        return False
+    if found.name not in PAIRS and found.name not in UNARY:
+        return False
+    if found.name == "rrelu" and node.kwargs.get("training"):
+        return False
+    tensors = dict.fromkeys(_tensors(node))
+    return bool(tensors) and all(
+        other in tensors or constant_number(other) is not None
+        for other in flat_nodes((node.args, dict(node.kwargs)))
+    )
+
+
+def _tensors(node: Node) -> list[Node]:
+    """The tensors that ``node`` reads, without constants of one element."""
+    return [
+        source
+        for source in tensor_sources(node)
+        if info(source).value not in ("scalar", "sizes") and constant_number(source) is None
+    ]
+
+
+def constant_number(node: Node) -> float | None:
+    """The value of a parameter or buffer that is a single number, or ``None``."""
+    owner = node.graph.owning_module
+    if node.op != "get_attr" or owner is None:
+        return None
+    parent, _, leaf = str(node.target).rpartition(".")
+    held = getattr(owner.get_submodule(parent), leaf, None)
+    if not isinstance(held, Tensor) or held.is_meta or held.numel() != 1 or held.dim() > 1:
+        return None
+    return float(held.detach()) if held.is_floating_point() else None
+
+
+def _bases(node: Node, known: dict[Node, list[Node]]) -> list[Node]:
+    """The values that all of ``node`` depends on, elementwise; nearest first."""
+    if node in known:
+        return known[node]
+    known[node] = []
+    if len(known) <= _LONGEST and is_elementwise(node):
+        found: list[Node] | None = None
+        for source in dict.fromkeys(_tensors(node)):
+            reach = [source, *_bases(source, known)]
+            found = reach if found is None else [n for n in found if n in set(reach)]
+        known[node] = found or []
+    return known[node]
+
+
+def find_region(root: Node) -> Region | Reject:
+    """The largest region that ends at ``root``, or what stands in the way."""
+    bases = _bases(root, {})
+    if not bases:
+        names = " and ".join(f"%{source.name}" for source in dict.fromkeys(_tensors(root)))
+        return Reject(f"it mixes {names}", root, 1)
+    miss = Reject("there is only one op", root)
+    for source in reversed(bases):
+        inside = _between(source, root)
+        leak = _leak(inside, root)
+        if leak is not None:
+            miss = leak
+        elif len(inside) > 1:
+            order = sorted(inside)
+            return Region(source, tuple(order))
+    return miss
+
+
+def _between(source: Node, root: Node) -> dict[Node, None]:
+    found: dict[Node, None] = {}
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if node is source or node in found:
+            continue
+        found[node] = None
+        todo.extend(_tensors(node))
+    return found
+
+
+def _leak(inside: dict[Node, None], root: Node) -> Reject | None:
+    for node in inside:
+        outside = [user for user in node.users if user not in inside]
+        if node is not root and outside:
+            return Reject(f"%{node.name} is also read by %{outside[0].name}", node, len(inside))
+        if (info(node).config is None) != (info(root).config is None):
+            return Reject(f"%{node.name} is configured otherwise", node, len(inside))
+    return None
+
+
+def is_whole(match: Match) -> Reject | None:
+    """The region must end here: what a larger one would take in, it takes."""
+    root = match.root
+    region = find_region(root)
+    if isinstance(region, Reject):
+        return region
+    for user in root.users:
+        larger = find_region(user) if is_elementwise(user) else None
+        if isinstance(larger, Region) and root in larger.nodes:
+            return Reject(f"it is a part of what ends at %{user.name}", user)
+    return None
+
+
+def chain_of(region: Region) -> UnaryChain:
+    """The region as a module of its own."""
+    places: dict[Node, int] = {region.source: 0}
+    steps: list[Step] = []
+    for node in region.nodes:
+        _append(node, places, steps)
+        places[node] = len(steps)
+    return UnaryChain(tuple(steps))
+
+
+def _append(node: Node, places: dict[Node, int], steps: list[Step]) -> None:
+    found = op_of(node)
+    if found is None:
+        raise TypeError(f"%{node.name} is not canonical")
+    if node.op == "call_module":
+        inner = module_of(node)
+        if isinstance(inner, UnaryChain):
+            shift = len(steps)
+            source = places[_tensors(node)[0]]
+            for step in inner.steps:
+                args = tuple(_moved(a, source, shift) for a in step.args)
+                steps.append(Step(step.name, step.function, args, step.kwargs))
+            return
+    if not callable(node.target):
+        raise TypeError(f"%{node.name} calls no function")
+    args = tuple(_given(value, places) for value in node.args)
+    steps.append(Step(found.name, node.target, args, dict(node.kwargs)))
+
+
+def _moved(value: Any, source: int, shift: int) -> Any:
+    if not isinstance(value, Earlier):
+        return value
+    return Earlier(source) if value.index == 0 else Earlier(value.index + shift)
+
+
+def _given(value: Any, places: dict[Node, int]) -> Any:
+    if not isinstance(value, Node):
+        return value
+    if value in places:
+        return Earlier(places[value])
+    # A tensor, since `torch.div(2.0, x)` does not exist; without dimensions it keeps x's dtype.
+    return torch.tensor(constant_number(value), dtype=torch.float64)
+
+
+def _grid() -> Tensor:
+    dense = torch.linspace(-30.0, 30.0, 60_001, dtype=torch.float64)
+    far = torch.logspace(1.5, 5.0, 200, dtype=torch.float64)
+    return torch.cat([dense, far, -far])
+
+
+def known_as(chain: UnaryChain) -> tuple[str, dict[str, Any]] | None:
+    """The op of the table that computes the same, and its options; ``None`` if there is none."""
+    x = _grid()
+    with torch.no_grad():
+        found = chain(x)
+        for name, options in KNOWN:
+            wanted = op_named(name).target(x, **options)  # type: ignore[misc]
+            if bool(((found - wanted).abs() <= _AGREE * (1.0 + wanted.abs())).all()):
+                return name, options
+    return None
+
+
+def _fuse(match: Match, editor: Editor) -> None:
+    root = match.root
+    region = find_region(root)
+    if isinstance(region, Reject):
+        return
+    chain = chain_of(region)
+    known = known_as(chain)
+    if known is not None:
+        name, options = known
+        made = editor.call(op_named(name), (region.source,), options, like=root, before=root)
+    else:
+        path = editor.add_module(info(root).path or root.name, chain)
+        made = editor.call_module(path, (region.source,), like=root, before=root)
+    editor.replace(root, made, *reversed(region.nodes[:-1]))
+
+
+RULES: Final = (
+    Rule(
+        "fuse-unary",
+        op((*UNARY, *PAIRS), var("x"), name="op"),
+        _fuse,
+        (is_whole,),
+        priority=-1,
+    ),
+)
