@@ -21,6 +21,10 @@ class TraceError(FxQuantError, RuntimeError):
     """The model could not be turned into a graph."""
 
 
+class GuardError(FxQuantError, RuntimeError):
+    """A call would take another way through the model than the one that was captured."""
+
+
 class PatternError(FxQuantError, ValueError):
     """A fusion pattern is defined in a way that can never work."""
 

@@ -78,6 +78,7 @@ class NodeInfo:
         rules: names of the rules that made or changed it, oldest first.
         owners: the enclosing modules as ``(path, class)``, outermost first.
         value: whether it yields a tensor, a tuple of tensors, one number, or a shape.
+        held: what it yielded when it was captured with example inputs.
         config: the configuration that applies; ``None`` means float.
         configured_by: the override or default that chose ``config``.
         unit: label of the fused unit it belongs to.
@@ -98,6 +99,7 @@ class NodeInfo:
     rules: tuple[str, ...] = ()
     owners: tuple[tuple[str, type], ...] = ()
     value: ValueKind = "unknown"
+    held: ValueKind = "unknown"
     config: QConfig | None = None
     configured_by: str = ""
     unit: str | None = None
@@ -110,6 +112,10 @@ class NodeInfo:
     rank: int | None = None
     opaque: str = ""
     pinned: str = ""
+
+    def seen_as(self, kind: ValueKind) -> NodeInfo:
+        """This record, with what the node yielded on the example."""
+        return dataclasses.replace(self, held=kind)
 
 
 _EMPTY: Final = NodeInfo()

@@ -19,6 +19,7 @@ from torch.fx import Node
 from fxquant.graph import tensor_methods
 from fxquant.graph.copies import share_parameters
 from fxquant.graph.edit import Editor
+from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import ValueKind, info
 from fxquant.graph.op_table import (
     SCALAR_ARITHMETIC,
@@ -70,7 +71,7 @@ class Canonicalize(Pass):
         hooks = module._forward_hooks or module._forward_pre_hooks
         if op is None or hooks or len(node.args) + len(node.kwargs) != 1:
             why = "it carries forward hooks" if hooks else f"no int8 form of {_class(module)} known"
-            editor.note_values(node, opaque=why, value="unknown")
+            editor.note_values(node, opaque=why, value=_held(node))
             return
         args = (*node.args, *node.kwargs.values())
         if op.target is None:
@@ -89,6 +90,9 @@ class Canonicalize(Pass):
         _respell(editor, node, call)
 
     def _call(self, editor: Editor, node: Node) -> None:
+        if is_plumbing(node):
+            editor.note_values(node, value=info(node).held)
+            return
         if _is_number(node):
             _note_number(editor, node)
             return
@@ -102,7 +106,8 @@ class Canonicalize(Pass):
         )
         if found is None:
             name = getattr(node.target, "__name__", node.target)
-            editor.note_values(node, opaque=f"the op table does not know {name}", value="unknown")
+            why = f"the op table does not know {name}"
+            editor.note_values(node, opaque=why, value=_held(node))
             return
         call = bind(*found, tuple(node.args), node.kwargs)
         if isinstance(call, Call):
@@ -137,12 +142,19 @@ def _class(module: nn.Module) -> str:
     return type(module).__name__
 
 
+def _held(node: Node) -> ValueKind:
+    """What an unknown call yielded on the example, as far as that is of use."""
+    return "unknown" if info(node).held == "tensors" else info(node).held
+
+
 def _is_number(node: Node) -> bool:
     if node.op != "call_function":
         return False
     inputs = list(flat_nodes(node.args))
     if not inputs or not all(info(source).value in _NUMBERS for source in inputs):
         return False
+    if info(node).held in _NUMBERS:
+        return True
     return node.target in SCALAR_ARITHMETIC or node.target is operator.getitem
 
 
@@ -164,7 +176,8 @@ def _attribute(editor: Editor, node: Node) -> None:
     elif name in _PLAIN_FACTS:
         editor.note_values(node, value="scalar")
     else:
-        editor.note_values(node, opaque=f"the op table does not know .{name}", value="unknown")
+        why = f"the op table does not know .{name}"
+        editor.note_values(node, opaque=why, value=_held(node))
 
 
 def _settle(call: Call) -> Call | Unreadable:
@@ -218,7 +231,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Node) and info(value).value not in _NUMBERS
 
 
-def _value_kind(op: Op, arguments: Mapping[str, Any]) -> ValueKind:
+def _value_kind(node: Node, op: Op, arguments: Mapping[str, Any]) -> ValueKind:
     if op.kind is Kind.SPLIT:
         return "tensors"
     if op.kind is Kind.SHAPE:
@@ -226,7 +239,7 @@ def _value_kind(op: Op, arguments: Mapping[str, Any]) -> ValueKind:
     if op.name == "getitem":
         source = arguments["input"]
         known = isinstance(source, Node) and info(source).value in ("tensor", "tensors")
-        return "tensor" if known else "unknown"
+        return "tensor" if known or info(node).held == "tensor" else "unknown"
     return "tensor"
 
 
@@ -239,7 +252,7 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
     if _is_identity(op, given) and not _keeps_memory_apart(node, op):
         _forward(editor, node)
         return
-    kind = _value_kind(op, given)
+    kind = _value_kind(node, op, given)
     if op.name in _DIM_OR_NOT and given["dim"] is None:
         given = {"input": given["input"]}
     tensors = tuple(given[name] for name in op.tensors)

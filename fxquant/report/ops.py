@@ -7,7 +7,7 @@ import math
 
 from torch.fx import Graph, Node
 
-from fxquant.graph.capture import check_bound
+from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
@@ -36,7 +36,7 @@ def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
         unit = by_output.get(node)
         if unit is not None and not _is_question(unit):
             found.append(_of_unit(unit))
-        elif info(node).opaque and node.op.startswith("call_") and node.target is not check_bound:
+        elif info(node).opaque and node.op.startswith("call_") and not is_plumbing(node):
             found.append(_of_opaque(node))
     return tuple(found)
 

@@ -17,8 +17,8 @@ from fxquant.errors import (
     CalibrationWarning,
     ConfigError,
     FxQuantWarning,
+    GuardError,
     LoweringError,
-    TraceError,
 )
 from tests.end_to_end.models import fingerprint, images, residual
 
@@ -365,7 +365,7 @@ def test_structures_in_and_out() -> None:
         found = q(*data[0])
     assert set(found) == {"sum", "parts"}
     assert all(t.dtype == torch.float32 for t in (found["sum"], found["parts"][0]))
-    with pytest.raises(TraceError, match=r"argument 'scale' is 3\.0"):
+    with pytest.raises(GuardError, match=r"argument 'scale' is 3\.0"):
         q(*data[0], 3.0)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrizations, weight_norm
 
-from fxquant.errors import TraceError
+from fxquant.errors import GuardError, TraceError
 from fxquant.graph.capture import bind_arguments, capture
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of
@@ -99,7 +99,7 @@ def test_without_example_inputs_only_what_has_no_default_is_an_input() -> None:
 )
 def test_a_call_with_another_value_is_refused(kwargs: dict[str, Any], text: str) -> None:
     graph = capture(Options(), (X,)).module
-    with pytest.raises(TraceError, match=f"(?s){text}"):
+    with pytest.raises(GuardError, match=f"(?s){text}"):
         graph(X, **kwargs)
 
 

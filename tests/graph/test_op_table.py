@@ -176,7 +176,8 @@ def test_every_spelling_gives_one_canonical_node_and_the_output_of_eager(cell: C
         wanted = wanted if spelled.options is None else spelled.options
     inputs = _inputs(op, case, shape, cell.key)
     model = _model(op, case, cell).eval()
-    module = canonical(model, *inputs)
+    # With an example the number of dimensions is known, and no node asks for it.
+    module = canonical(model, *(() if op.name == "dim" else inputs))
     check_eager(model, module, *inputs)
     if case.gone:
         assert names(module) == []

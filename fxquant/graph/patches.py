@@ -1,0 +1,115 @@
+"""What has to be different while a model is traced: ``len``, and factories of tensors.
+
+Everything here passes through untouched what holds no proxy and whatever other threads do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxquant.graph.proxies import asked, is_proxy, proxies_in
+
+_FACTORIES: Final = ("zeros", "ones", "empty", "rand", "randn")
+"""Their sizes may come one by one, and torch does not look for proxies among those."""
+
+
+class _Mode(TorchFunctionMode):
+    """Sees functions of tensors that are no proxies but meet some: ``buffer[:, :n]``."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = next(proxies_in((args, kwargs)), None)
+        if found is None:
+            return func(*args, **(kwargs or {}))
+        return asked(found).function(func, args, kwargs or {})
+
+
+def _length(value: Any) -> Any:
+    """``len`` that keeps the size of a tensor symbolic."""
+    if is_proxy(value) and hasattr(value.tracer, "length") and hasattr(value, "_held"):
+        return asked(value).length(value) if value.tracer.live else value.__len__()
+    return len(value)
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    """``isinstance`` that takes a proxy of a tensor for a tensor."""
+    if is_proxy(value):
+        held = value.__dict__.get("_held")
+        if held is not None and isinstance(held.value, Tensor):
+            return isinstance(held.value, classes) or isinstance(value, classes)
+    return isinstance(value, classes)
+
+
+_BUILTINS: Final[Mapping[str, Callable[..., Any]]] = {"len": _length, "isinstance": _isinstance}
+
+
+def _is_tensor(value: Any) -> bool:
+    return _isinstance(value, Tensor)
+
+
+def _factory(real: Callable[..., Any], is_mine: Callable[[], bool]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        found = next(proxies_in((args, kwargs)), None) if is_mine() else None
+        if found is None:
+            return real(*args, **kwargs)
+        size = kwargs.pop("size", args)
+        if len(size) == 1 and (isinstance(size[0], tuple | list)):
+            size = size[0]
+        return asked(found).function(real, (size if is_proxy(size) else tuple(size),), kwargs)
+
+    return make
+
+
+@contextlib.contextmanager
+def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
+    """Patch while ``root`` is traced; undone at the end, failure or not.
+
+    Args:
+        root: the model; the modules of its package get another ``len`` and ``isinstance``.
+        is_mine: whether the calling thread is the one that traces.
+    """
+    places = [
+        (vars(module), name, function)
+        for module in _user_modules(root)
+        for name, function in _BUILTINS.items()
+        if name not in vars(module)
+    ]
+    real = {name: getattr(torch, name) for name in (*_FACTORIES, "is_tensor")}
+    try:
+        for space, name, function in places:
+            space[name] = function
+        for name in _FACTORIES:
+            setattr(torch, name, _factory(real[name], is_mine))
+        torch.is_tensor = _is_tensor  # type: ignore[assignment] # narrower than a TypeGuard
+        with _Mode():
+            yield
+    finally:
+        for name, function in real.items():
+            setattr(torch, name, function)
+        for space, name, _ in places:
+            space.pop(name, None)
+
+
+def _user_modules(root: nn.Module) -> list[ModuleType]:
+    """The modules of the packages that define the model's classes."""
+    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    packages = {cls.__module__.partition(".")[0] for cls in classes} | {"einops"}
+    packages -= {"torch", "builtins", "fxquant"}
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in packages and isinstance(module, ModuleType)
+    ]
