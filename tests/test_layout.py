@@ -30,7 +30,7 @@ GRAPH_WRITERS = {
     "insert_arg", "node_copy", "replace_all_uses_with", "replace_input_with", "update_arg",
     "update_kwarg",
 }  # fmt: skip
-FX_CODE = {"graph/edit.py", "graph/capture.py"}
+FX_CODE = {"graph/edit.py", "graph/answers.py", "graph/tracer.py"}
 
 
 def git(*arguments: str) -> list[str]:
