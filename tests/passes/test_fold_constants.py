@@ -26,7 +26,7 @@ Body = Callable[..., Any]
         (lambda m, x: F.linear(x, m.w * m.mask), ["linear"]),
         (lambda m, x: F.linear(x, torch.cat([m.w, m.w]).narrow(0, 0, 4).relu()), ["linear"]),
         (lambda m, x: F.linear(x, m.w.chunk(2)[0]), ["linear"]),
-        (lambda m, x: F.linear(x, m.w, m.row.repeat(4)[:4] * m.w.shape[1]), ["linear"]),
+        (lambda m, x: F.linear(x, m.w, m.w[:, 0].repeat(4)[:4] * m.w.shape[1]), ["linear"]),
         (lambda m, x: x + m.row.unsqueeze(0).expand(50, 3), ["unsqueeze", "expand", "add"]),
         (lambda m, x: F.linear(x, F.dropout(m.w, 0.5, True)), ["dropout", "linear"]),
         (lambda m, x: x * m.w[:1] + m.w[:1].sum(), ["mul", "add"]),
