@@ -41,8 +41,10 @@ def _build_batch_norm(given: Mapping[str, Any]) -> nn.Module:
         affine=given["weight"] is not None,
         device="meta",
     )
-    module.running_mean = mean
-    module.running_var = given["running_var"]
+    for name in ("running_mean", "running_var"):
+        value = given[name]
+        # Statistics are buffers, even where the caller keeps them as frozen parameters.
+        setattr(module, name, value.detach() if isinstance(value, nn.Parameter) else value)
     module.num_batches_tracked = torch.zeros((), dtype=torch.long)
     adopt(module, given, ("weight", "bias"))
     return module.eval()

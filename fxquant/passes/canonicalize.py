@@ -70,7 +70,7 @@ class Canonicalize(Pass):
         op = module_op(module)
         hooks = module._forward_hooks or module._forward_pre_hooks
         if op is None or hooks or len(node.args) + len(node.kwargs) != 1:
-            why = "it carries forward hooks" if hooks else f"no int8 form of {_class(module)} known"
+            why = "it carries forward hooks" if hooks else _no_form(module)
             editor.note_values(node, opaque=why, value=_held(node))
             return
         args = (*node.args, *node.kwargs.values())
@@ -136,6 +136,15 @@ def _divide(editor: Editor, node: Node, call: Call) -> Call:
         inverse = editor.call(reciprocal, (tensor,), like=node, before=node)
     editor.note_values(inverse, value="tensor")
     return Call(op_named("mul"), {"input": inverse, "other": number}, call.inplace)
+
+
+def _no_form(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return (
+            f"{_class(module)} is int8 in dynamic mode only: one fixed scale for its state at "
+            "every step would cost accuracy"
+        )
+    return f"no int8 form of {_class(module)} known"
 
 
 def _class(module: nn.Module) -> str:
