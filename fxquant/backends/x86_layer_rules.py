@@ -25,7 +25,7 @@ from fxquant.backends.x86_layers import (
 )
 from fxquant.backends.x86_pointwise import X86Pointwise, X86PointwiseSum
 from fxquant.backends.x86_stem import X86Stem, can_read_floats
-from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose2d
+from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, op_of
@@ -33,12 +33,11 @@ from fxquant.graph.view import flat_nodes
 from fxquant.patterns.boundary import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
 from fxquant.patterns.expr import OpExpr, op, var
 from fxquant.patterns.match import Match, Reject
-from fxquant.patterns.norm import CONVS, LINEAR
+from fxquant.patterns.norm import CONVS, LINEAR, TRANSPOSED
 from fxquant.patterns.rule import Rule
 from fxquant.patterns.units import ACTIVATIONS
 
-TRANSPOSED: Final = "conv_transpose2d"
-LAYERS: Final = (*CONVS, *LINEAR, TRANSPOSED)
+LAYERS: Final = (*CONVS, *LINEAR, *TRANSPOSED)
 
 
 def _layer() -> OpExpr:
@@ -70,7 +69,9 @@ _TAKES: Final = {
     "conv1d": ("relu",),
     "conv2d": _CONV2D_POST,
     "conv3d": (),
+    "conv_transpose1d": ("relu",),
     "conv_transpose2d": _CONV2D_POST,
+    "conv_transpose3d": (),
     "linear": tuple(_POST),
 }
 """Which activations the kernel of each layer takes; see ``tests/backends/test_x86_layers.py``."""
@@ -93,10 +94,13 @@ def _name(node: Node) -> str:
     return found.name if found is not None else ""
 
 
+_NO_RELU: Final = ("conv3d", "conv_transpose3d")
+
+
 def floor_of(match: Match) -> int | None:
     """The code that ``relu`` clamps at, where the kernel itself has no ``relu``."""
     act = match.bound.get("act")
-    if act is None or _name(act) != "relu" or _name(match.node("layer")) != "conv3d":
+    if act is None or _name(act) != "relu" or _name(match.node("layer")) not in _NO_RELU:
         return None
     return info(match.root).writes.zero_point  # type: ignore[union-attr]
 
@@ -108,8 +112,6 @@ def kernel_takes(match: Match) -> Reject | None:
     wanted = (torch.uint8,) if _name(layer) != "linear" else (torch.uint8, torch.int8)
     if reads.dtype not in wanted:
         return Reject(f"the kernel reads uint8, not {reads.dtype}", layer)
-    if _name(layer) == TRANSPOSED and not _transposed(layer).fits(_weight_shape(layer)):
-        return Reject("its output padding reaches beyond its kernel", layer)
     quantized = _name(match.root) == QUANTIZE
     if post_op(_name(layer), act) is None and not (quantized and floor_of(match) is not None):
         return Reject(f"the {_name(layer)} kernel has no {_name(act) if act else 'such'}", layer)
@@ -147,7 +149,7 @@ def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | Non
 
     weight, scale = at(match.bound["w"]), at(match.bound["scale"])
     if scale.numel() == 1:
-        axis = 1 if _name(match.node("layer")) == TRANSPOSED else 0
+        axis = 1 if _name(match.node("layer")) in TRANSPOSED else 0
         scale = scale.expand(weight.shape[axis]).contiguous()
     return weight, scale, at(match.bound["bias"])
 
@@ -166,8 +168,9 @@ def _geometry(layer: Node) -> Geometry:
 
 
 def _transposed(layer: Node) -> TransposedGeometry:
-    pairs = [_each(layer, name, 2) for name in ("stride", "padding", "output_padding", "dilation")]
-    stride, padding, extra, dilation = ((pair[0], pair[1]) for pair in pairs)
+    rank = int(_name(layer)[-2])
+    names = ("stride", "padding", "output_padding", "dilation")
+    stride, padding, extra, dilation = (_each(layer, name, rank) for name in names)
     return TransposedGeometry(stride, padding, extra, dilation, int(argument(layer, "groups")))
 
 
@@ -204,8 +207,10 @@ def _make(match: Match, editor: Editor, writes: QType | None, other: QType | Non
         if other is not None:
             return X86LinearSum(*parts, post, other=other)
         return X86Linear(*parts, post)
-    if _name(layer) == TRANSPOSED:
-        return X86ConvTranspose2d(*parts, post, _transposed(layer))
+    if _name(layer) in TRANSPOSED:
+        deconv = X86ConvTranspose(*parts, post, _transposed(layer))
+        deconv.floor = floor_of(match) if writes is not None else None
+        return deconv
     if _is_pointwise(layer, dq):
         if other is not None:
             return X86PointwiseSum(*parts, post, other=other)

@@ -10,6 +10,7 @@ convolution, Shi et al. 2016, arXiv:1609.05158). No product with an inserted zer
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ _ONEDNN: Final = torch.ops.onednn
 
 @dataclass(frozen=True)
 class TransposedGeometry:
-    """How a transposed convolution of two dimensions walks.
+    """How a transposed convolution of one, two or three dimensions walks.
 
     Args:
         stride: per spatial dimension.
@@ -34,63 +35,63 @@ class TransposedGeometry:
         groups: number of groups.
     """
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    output_padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
-    def reach(self, kernel: tuple[int, ...]) -> tuple[int, int]:
+    def reach(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
         """How many pixels a dilated kernel spans."""
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, kernel, strict=True)]
-        return spans[0], spans[1]
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, kernel, strict=True))
 
-    def taps(self, kernel: tuple[int, ...]) -> tuple[int, int]:
-        """The kernel size of the convolution that stands for it."""
-        sizes = [-(-r // s) for r, s in zip(self.reach(kernel), self.stride, strict=True)]
-        return sizes[0], sizes[1]
+    def taps(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """The kernel size of the convolution that stands for it.
 
-    def fits(self, kernel: tuple[int, ...]) -> bool:
-        """Whether every output pixel lies where some tap reaches."""
+        Output padding beyond the kernel's reach is reached by taps of zero, which add nothing.
+        """
+        beyond = [max(0, o - p) for o, p in zip(self.output_padding, self.padding, strict=True)]
+        parts = zip(self.reach(kernel), beyond, self.stride, strict=True)
+        return tuple(-(-(reach + more) // stride) for reach, more, stride in parts)
+
+    def sides(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """The spatial size of the result for an input of ``size``."""
         parts = zip(
-            self.reach(kernel),
-            self.taps(kernel),
-            self.stride,
-            self.padding,
-            self.output_padding,
-            strict=True,
+            size, self.stride, self.padding, self.reach(kernel), self.output_padding, strict=True
         )
-        return all(reach + extra - pad <= s * taps for reach, taps, s, pad, extra in parts)
+        return tuple((n - 1) * s - 2 * p + reach + more for n, s, p, reach, more in parts)
 
 
 def subpixel_weight(weight: Tensor, geometry: TransposedGeometry) -> Tensor:
     """The weight of the convolution that stands for a transposed one.
 
     Args:
-        weight: ``[in, out / groups, height, width]``.
+        weight: ``[in, out / groups, ...]`` with one to three spatial dimensions.
         geometry: how it walks.
 
     Returns:
-        ``[groups * stride * stride * out / groups, in / groups, taps, taps]``.
+        ``[groups * prod(stride) * out / groups, in / groups, *taps]``.
     """
-    (s0, s1), groups = geometry.stride, geometry.groups
-    k0, k1 = geometry.taps(tuple(weight.shape[2:]))
+    stride, groups, rank = geometry.stride, geometry.groups, weight.dim() - 2
+    taps = geometry.taps(tuple(weight.shape[2:]))
     inputs, outputs = weight.shape[0] // groups, weight.shape[1]
-    padded = weight.new_zeros(weight.shape[0], outputs, s0 * k0, s1 * k1)
+    spans = [s * t for s, t in zip(stride, taps, strict=True)]
+    padded = weight.new_zeros(weight.shape[0], outputs, *spans)
     reach = geometry.reach(tuple(weight.shape[2:]))
-    rows = slice(0, reach[0], geometry.dilation[0])
-    columns = slice(0, reach[1], geometry.dilation[1])
-    padded[:, :, rows, columns] = weight
-    phases = padded.view(groups, inputs, outputs, k0, s0, k1, s1).flip(3, 5)
-    ordered = phases.permute(0, 4, 6, 2, 1, 3, 5)
-    return ordered.reshape(groups * s0 * s1 * outputs, inputs, k0, k1).contiguous()
+    places = (slice(0, r, d) for r, d in zip(reach, geometry.dilation, strict=True))
+    padded[(slice(None), slice(None), *places)] = weight
+    pairs = [side for pair in zip(taps, stride, strict=True) for side in pair]
+    tap_dims = [3 + 2 * i for i in range(rank)]
+    phases = padded.view(groups, inputs, outputs, *pairs).flip(tap_dims)
+    ordered = phases.permute(0, *[4 + 2 * i for i in range(rank)], 2, 1, *tap_dims)
+    return ordered.reshape(groups * math.prod(stride) * outputs, inputs, *taps).contiguous()
 
 
-class X86ConvTranspose2d(X86Layer):
-    """An int8 transposed convolution of two dimensions.
+class X86ConvTranspose(X86Layer):
+    """An int8 transposed convolution of one, two or three dimensions.
 
     Args:
-        weight: int8 ``[in, out / groups, height, width]``.
+        weight: int8 ``[in, out / groups, ...]``.
         scale: float32 ``[out / groups]``.
         bias: float32 ``[out]`` or ``None``.
         reads: type of the input codes.
@@ -115,17 +116,18 @@ class X86ConvTranspose2d(X86Layer):
 
     def _per_phase(self, per_channel: Tensor) -> Tensor:
         """Values of output channels, once for each phase, in the order of the weight."""
-        (s0, s1), groups = self.geometry.stride, self.geometry.groups
-        grouped = per_channel.view(groups, 1, -1).expand(groups, s0 * s1, -1)
+        phases, groups = math.prod(self.geometry.stride), self.geometry.groups
+        grouped = per_channel.view(groups, 1, -1).expand(groups, phases, -1)
         return grouped.reshape(-1).contiguous()
 
     def pack(self) -> None:
         """Rebuild the convolution that stands for it."""
         g = self.geometry
-        k0, k1 = g.taps(tuple(self.weight.shape[2:]))
+        taps = g.taps(tuple(self.weight.shape[2:]))
         scale = self._per_phase(self.weight_scale.repeat(g.groups))
         bias = None if self.bias is None else self._per_phase(self.bias)
-        walk: tuple[Any, ...] = ([1, 1], [k0 - 1, k1 - 1], [1, 1], g.groups)
+        ones = [1] * len(taps)
+        walk: tuple[Any, ...] = (ones, [t - 1 for t in taps], ones, g.groups)
         packed = _ONEDNN.qconv_prepack(
             subpixel_weight(self.weight, g),
             scale,
@@ -150,22 +152,27 @@ class X86ConvTranspose2d(X86Layer):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        """One kernel call, then the phases are interleaved; uint8 ``[batch, in, h, w]``."""
-        if codes.dim() == 3:
+        """One kernel call, then the phases are interleaved; uint8 ``[batch, in, ...]``."""
+        rank = self.weight.dim() - 2
+        if codes.dim() == rank + 1:
             return self.forward(codes.unsqueeze(0)).squeeze(0)
-        g = self.geometry
-        (s0, s1), (p0, p1) = g.stride, g.padding
-        height, width = codes.shape[2:]
-        phases: Tensor = _ONEDNN.qconv_pointwise.default(codes, *self._call)
-        batch, _, rows, columns = phases.shape
-        outputs = self.weight.shape[1]
-        # Memory holds [batch, row, column, group, phase, phase, channel]: channels move in runs.
-        split = phases.permute(0, 2, 3, 1).reshape(batch, rows, columns, g.groups, s0, s1, outputs)
-        pixels = split.permute(0, 1, 4, 2, 5, 3, 6).reshape(
-            batch, rows * s0, columns * s1, g.groups * outputs
-        )
-        reach = g.reach(tuple(self.weight.shape[2:]))
-        tall = (height - 1) * s0 - 2 * p0 + reach[0] + g.output_padding[0]
-        wide = (width - 1) * s1 - 2 * p1 + reach[1] + g.output_padding[1]
-        cropped = pixels[:, p0 : p0 + tall, p1 : p1 + wide].contiguous()
-        return cropped.permute(0, 3, 1, 2)
+        sides = self.geometry.sides(tuple(codes.shape[2:]), tuple(self.weight.shape[2:]))
+        if codes.numel() == 0:
+            channels = self.geometry.groups * self.weight.shape[1]
+            return codes.new_empty((codes.shape[0], channels, *sides), dtype=self._output()[2])
+        pixels = self._interleave(_ONEDNN.qconv_pointwise.default(codes, *self._call))
+        parts = zip(self.geometry.padding, sides, strict=True)
+        crop = (slice(None), *(slice(p, p + side) for p, side in parts))
+        result = pixels[crop].contiguous().movedim(-1, 1)
+        return result if self.floor is None else result.clamp_(min=self.floor)
+
+    def _interleave(self, phases: Tensor) -> Tensor:
+        """``[batch, ..., channels]``: the phases of a pixel become pixels of their own."""
+        stride, groups, rank = self.geometry.stride, self.geometry.groups, phases.dim() - 2
+        batch, outputs, rows = phases.shape[0], self.weight.shape[1], phases.shape[2:]
+        # Memory holds [batch, pixel, group, phases, channel]: channels move in runs.
+        split = phases.movedim(1, -1).reshape(batch, *rows, groups, *stride, outputs)
+        order = [dim for i in range(rank) for dim in (1 + i, 2 + rank + i)]
+        moved = split.permute(0, *order, 1 + rank, 2 + 2 * rank)
+        sides = [row * s for row, s in zip(rows, stride, strict=True)]
+        return moved.reshape(batch, *sides, groups * outputs)

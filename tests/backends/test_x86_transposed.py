@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.backends.x86_layers import PostOp
-from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose2d
+from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose
 from fxquant.graph.info import QType
 from fxquant.numerics.integer import ConvGeometry, conv_reference
 from fxquant.numerics.qparams import QParams
@@ -33,11 +33,11 @@ from tests.backends.oracles import (
 class Case:
     """A transposed convolution."""
 
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (2, 2)
-    padding: tuple[int, int] = (0, 0)
-    output_padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (3, 3)
+    stride: tuple[int, ...] = (2, 2)
+    padding: tuple[int, ...] = (0, 0)
+    output_padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     channels: tuple[int, int] = (6, 8)
     bias: bool = True
@@ -63,6 +63,14 @@ CASES: Final[dict[str, Case]] = {
     "grouped": Case(groups=2),
     "depthwise": Case(groups=6, channels=(6, 6)),
     "no bias": Case(bias=False),
+    "gaps": Case(kernel=(2, 2), output_padding=(0, 1)),
+    "wide gaps": Case(kernel=(1, 2), stride=(4, 3), output_padding=(3, 2)),
+    "line": Case((3,), (2,), (1,), (1,), (1,)),
+    "line, grouped": Case((4,), (3,), (0,), (2,), (2,), groups=2),
+    "cube": Case((3, 2, 3), (2, 2, 1), (1, 0, 1), (1, 0, 0), (1, 1, 2)),
+    "cube, depthwise": Case(
+        (2, 2, 2), (2, 2, 2), (0, 0, 0), (0, 0, 0), (1, 1, 1), groups=6, channels=(6, 6)
+    ),
     "zero point 0": Case(zeros=(0, 0)),
     "zero point 255": Case(zeros=(255, 255)),
 }
@@ -70,7 +78,7 @@ CASES: Final[dict[str, Case]] = {
 
 def pair(
     case: Case, post: PostOp | None = None, activation: Any = None
-) -> tuple[X86ConvTranspose2d, Tensor, Tensor, QType]:
+) -> tuple[X86ConvTranspose, Tensor, Tensor, QType]:
     """The layer, its input, the float64 result and its type."""
     cin, cout = case.channels
     weight = torch.randint(-127, 128, (cin, cout // case.groups, *case.kernel)).to(torch.int8)
@@ -78,7 +86,7 @@ def pair(
     bias = 2 * torch.randn(cout) if case.bias else None
     zero = torch.zeros(scale.numel(), dtype=torch.int32)
     weight_q = QParams(scale, zero, -127, 127, torch.int8, 1)
-    reads, x = uint8(0.03, case.zeros[0]), some_codes(2, cin, 7, 6)
+    reads, x = uint8(0.03, case.zeros[0]), some_codes(2, cin, *(7, 6, 4)[: len(case.kernel)])
     exact = conv_reference(
         x, qparams(reads), weight, weight_q, qparams(uint8()), bias=bias,
         geometry=ConvGeometry(
@@ -87,22 +95,15 @@ def pair(
         activation=activation,
     ).real  # fmt: skip
     writes = fitting(exact, case.zeros[1])
-    layer = X86ConvTranspose2d(weight, scale, bias, reads, writes, post or PostOp(), case.geometry)
+    layer = X86ConvTranspose(weight, scale, bias, reads, writes, post or PostOp(), case.geometry)
     return layer, x, exact, writes
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_transposed_convolutions_match_float64(name: str) -> None:
     case = CASES[name]
-    assert case.geometry.fits(case.kernel)
     layer, x, exact, writes = pair(case)
     assert_within(layer(x), exact, writes)
-
-
-def test_pixels_that_no_tap_reaches_do_not_fit() -> None:
-    """They hold the bias alone, and the convolution that stands for it does not make them."""
-    gaps = Case(kernel=(2, 2), output_padding=(0, 1))
-    assert not gaps.geometry.fits(gaps.kernel)
 
 
 @pytest.mark.parametrize("name", ("relu", "hardswish"))
@@ -139,8 +140,28 @@ def test_between_other_layers(name: str, act: nn.Module | None) -> None:
     )
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *middle, tail).eval()
     found = check_ops(model, *(torch.randn(3, 3, 9, 8) for _ in range(2)))
-    assert "X86ConvTranspose2d" in found.kernels or name == "gaps"
+    assert "X86ConvTranspose" in found.kernels
     assert fxquant.report(found.lowered).weight_coverage == 1.0
     for shape in ((1, 3, 4, 11), (0, 3, 9, 8)):
         x = torch.randn(shape)
         assert found.lowered(x).shape == model(x).shape
+
+
+RANKS: Final[dict[str, tuple[nn.Module, tuple[int, ...]]]] = {
+    "line": (nn.ConvTranspose1d(8, 8, 4, stride=2, padding=1, groups=2), (3, 8, 11)),
+    "cube": (nn.ConvTranspose3d(8, 8, 2, stride=2), (2, 8, 4, 5, 3)),
+    "cube, dilated": (nn.ConvTranspose3d(8, 8, 2, dilation=2, groups=8), (2, 8, 4, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("act", (None, nn.ReLU(), nn.GELU()), ids=str)
+@pytest.mark.parametrize("name", RANKS)
+def test_lines_and_cubes(name: str, act: nn.Module | None) -> None:
+    layer, shape = RANKS[name]
+    model = nn.Sequential(layer, *([] if act is None else [act]), copy.deepcopy(layer)).eval()
+    found = check_ops(model, *(torch.randn(shape) for _ in range(2)))
+    assert "X86ConvTranspose" in found.kernels
+    assert fxquant.report(found.lowered).coverage == 1.0
+    x = torch.randn(1, *shape[1:])
+    assert found.lowered(x).shape == model(x).shape
+    assert found.lowered(x[0]).shape == model(x[0]).shape
