@@ -54,6 +54,39 @@ class Costs:
 
 _POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
 
+_CODES_OWN: Final = (*_POOLS, "amax", "amin")
+"""Moves that cost more than moving."""
+
+_FLOAT_INSIDE_ON_CODES: Final = {
+    # Timed by benchmarks/ops_on_codes.py: 150,000 to 800,000 codes.
+    "layer_norm": Cost(25.0, 0.45),
+    "group_norm": Cost(30.0, 0.65),
+    "instance_norm": Cost(40.0, 4.4),
+    "rms_norm": Cost(30.0, 0.85),
+    "normalize": Cost(30.0, 0.75),
+    "local_response_norm": Cost(60.0, 78.0),
+    "softmax": Cost(20.0, 0.6),
+    "log_softmax": Cost(20.0, 0.6),
+    "interpolate": Cost(20.0, 0.66),
+    "prelu": Cost(15.0, 0.4),
+    "norm": Cost(20.0, 0.5),
+    "vector_norm": Cost(20.0, 0.5),
+}
+_FLOAT_INSIDE_IN_FLOAT: Final = {
+    "layer_norm": Cost(10.0, 0.18),
+    "group_norm": Cost(12.0, 0.34),
+    "instance_norm": Cost(30.0, 4.0),
+    "rms_norm": Cost(15.0, 0.42),
+    "normalize": Cost(15.0, 0.2),
+    "local_response_norm": Cost(50.0, 80.0),
+    "softmax": Cost(8.0, 0.23),
+    "log_softmax": Cost(8.0, 0.23),
+    "interpolate": Cost(10.0, 0.26),
+    "norm": Cost(10.0, 0.1),
+    "vector_norm": Cost(10.0, 0.1),
+    "unary": Cost(15.0, 0.4),
+}
+
 MEASURED: Final = Costs(
     # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
     quantize=Cost(15.0, 0.55),
@@ -69,11 +102,15 @@ MEASURED: Final = Costs(
         **{name: Cost(15.0, 0.16) for name in _POOLS},
         **{f"avg_pool{r}d": Cost(15.0, 0.5) for r in (1, 2, 3)},
         **{f"adaptive_avg_pool{r}d": Cost(15.0, 0.3) for r in (1, 2, 3)},
-        "mean": Cost(15.0, 0.3),
+        **{name: Cost(15.0, 0.35) for name in ("mean", "sum")},
+        **{name: Cost(12.0, 0.1) for name in ("amax", "amin")},
+        **{name: Cost(25.0, 0.8) for name in ("div", "maximum", "minimum", "lerp", "glu")},
+        **{name: Cost(30.0, 1.0) for name in ("addcmul", "addcdiv")},
+        **_FLOAT_INSIDE_ON_CODES,
         **{
             name: Cost(3.0, 0.04)
             for name in op_names()
-            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _POOLS
+            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _CODES_OWN
         },
     },
     in_float={
@@ -88,11 +125,14 @@ MEASURED: Final = Costs(
         **{name: Cost(8.0, 0.25) for name in _POOLS},
         **{f"avg_pool{r}d": Cost(8.0, 0.25) for r in (1, 2, 3)},
         **{f"adaptive_avg_pool{r}d": Cost(8.0, 0.15) for r in (1, 2, 3)},
-        "mean": Cost(8.0, 0.15),
+        **{name: Cost(8.0, 0.1) for name in ("mean", "sum", "amax", "amin")},
+        **{name: Cost(5.0, 0.12) for name in ("div", "maximum", "minimum", "lerp", "prelu")},
+        **{name: Cost(6.0, 0.15) for name in ("glu", "addcmul", "addcdiv")},
+        **_FLOAT_INSIDE_IN_FLOAT,
         **{
             name: Cost(3.0, 0.12)
             for name in op_names()
-            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _POOLS
+            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _CODES_OWN
         },
     },
 )

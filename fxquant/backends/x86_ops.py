@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.graph.info import QType
-from fxquant.numerics.affine import quantize
 from fxquant.numerics.lut import apply_table
+from fxquant.numerics.rounding import round_steps_
 
 _ONEDNN: Final = torch.ops.onednn
 
@@ -36,15 +36,14 @@ class PairCodes(nn.Module):
         super().__init__()
         self.name, self.relu, self.alpha = name, relu, alpha
         self.a, self.b, self.writes = a, b, writes
-        # Quantizing saturates at quant_min, which is relu if that is the code of zero.
-        self.floor = writes.zero_point if relu and writes.zero_point != writes.quant_min else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """``a`` and ``b`` are codes; the result has their broadcast shape."""
-        real = self._product(a, b) if self.name == "mul" else self._sum(a, b)
+        steps = self._product(a, b) if self.name == "mul" else self._sum(a, b)
         out = self.writes
-        codes = quantize(real, out.scale, out.zero_point, out.quant_min, out.quant_max, out.dtype)
-        return codes if self.floor is None else codes.clamp_(min=self.floor)
+        return round_steps_(
+            steps, out.zero_point, out.quant_min, out.quant_max, out.dtype, relu=self.relu
+        )
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         if a.numel() < b.numel():
@@ -53,18 +52,22 @@ class PairCodes(nn.Module):
 
     def _scaled(self, large: Tensor, zero: int, small: Tensor, small_zero: int) -> Tensor:
         """The scales go to the smaller operand: in a gate it has one element a channel."""
-        factor = small.float().sub_(small_zero).mul_(self.a.scale * self.b.scale)
+        scale = self.a.scale * self.b.scale / self.writes.scale
+        factor = small.float().sub_(small_zero).mul_(scale)
         if large.shape != torch.broadcast_shapes(large.shape, small.shape):
             return (large.float() - zero) * factor
         return large.float().sub_(zero).mul_(factor)
 
     def _sum(self, a: Tensor, b: Tensor) -> Tensor:
-        factor = self.b.scale * (-self.alpha if self.name == "sub" else self.alpha)
-        left = a.float().sub_(self.a.zero_point).mul_(self.a.scale)
-        right = b.float().sub_(self.b.zero_point)
+        first = self.a.scale / self.writes.scale
+        second = self.b.scale / self.writes.scale * self.alpha
+        second = -second if self.name == "sub" else second
+        # Both zero points are subtracted from the first operand, in its own steps.
+        zeros = self.a.zero_point + self.b.zero_point * second / first
+        left, right = a.float().sub_(zeros).mul_(first), b.float()
         if left.shape == torch.broadcast_shapes(left.shape, right.shape):
-            return left.add_(right, alpha=factor)
-        return left + right * factor
+            return left.add_(right, alpha=second)
+        return left + right * second
 
     def extra_repr(self) -> str:
         """Types, for ``print(model)``."""

@@ -55,7 +55,7 @@ class RealCodes(nn.Module):
             for value, qtype in zip(given, self.reads, strict=True)
         ]
         result: Tensor = op_named(self.name).target(*reals, **self.options)  # type: ignore[misc]
-        return to_codes_(torch.div(result, self.writes.scale), self.writes, self.relu)
+        return to_codes_(result.mul_(1.0 / self.writes.scale), self.writes, self.relu)
 
     def extra_repr(self) -> str:
         """The op and types, for ``print(model)``."""
@@ -132,42 +132,6 @@ class SoftmaxCodes(nn.Module):
     def extra_repr(self) -> str:
         """Dimension and types, for ``print(model)``."""
         return f"{self.name}, dim={self.dim}, {self.reads} -> {self.writes}"
-
-
-class GluCodes(nn.Module):
-    """``quantize(real(a) * sigmoid(real(b)))`` of the two halves of the codes.
-
-    Args:
-        dim: the dimension that is halved.
-        reads: type of the input.
-        writes: type of the result.
-    """
-
-    gate: Tensor
-
-    def __init__(self, dim: int, reads: QType, writes: QType) -> None:
-        super().__init__()
-        limits = torch.iinfo(reads.dtype)
-        codes = torch.arange(limits.min, limits.max + 1, dtype=torch.float64)
-        real = (codes - reads.zero_point) * reads.scale
-        factor = torch.sigmoid(real) * (reads.scale / writes.scale)
-        # The gate of every code, with both scales in it.
-        self.register_buffer("gate", factor.float())
-        self.dim, self.reads, self.writes = dim, reads, writes
-        self._first = limits.min
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """One look-up and one multiplication for every result."""
-        value, gate = codes.chunk(2, self.dim)
-        index = gate.to(torch.int32)
-        if self._first:
-            index = index - self._first
-        factor = self.gate.index_select(0, index.reshape(-1)).view(gate.shape)
-        return to_codes_(value.float().sub_(self.reads.zero_point).mul_(factor), self.writes)
-
-    def extra_repr(self) -> str:
-        """Dimension and types, for ``print(model)``."""
-        return f"dim={self.dim}, {self.reads} -> {self.writes}"
 
 
 class SlopeCodes(nn.Module):

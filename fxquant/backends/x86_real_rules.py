@@ -28,7 +28,6 @@ from fxquant.backends.x86_layer_rules import codes_type, put
 from fxquant.backends.x86_norms import BY_STATISTICS, StatisticsCodes
 from fxquant.backends.x86_real import (
     AffineCodes,
-    GluCodes,
     RealCodes,
     SlopeCodes,
     SoftmaxCodes,
@@ -49,7 +48,7 @@ PAIRS: Final = ("add", "sub", "mul", "div")
 REAL: Final = (
     *PAIRS,
     *("maximum", "minimum", "addcmul", "addcdiv", "lerp"),
-    *("normalize", "local_response_norm", "norm", "vector_norm"),
+    *("normalize", "local_response_norm", "norm", "vector_norm", "glu"),
 )
 """Ops that :class:`RealCodes` runs, whatever codes and floats they read."""
 
@@ -131,11 +130,6 @@ def _softmax(match: Match, editor: Editor) -> None:
     reads, writes = codes_type(match.node("dq")), writes_of(match)
     dim = argument(match.node("op"), "dim")
     put_op(match, editor, SoftmaxCodes(_name(match), dim, reads, writes), "dq")
-
-
-def _glu(match: Match, editor: Editor) -> None:
-    reads, writes = codes_type(match.node("dq")), writes_of(match)
-    put_op(match, editor, GluCodes(argument(match.node("op"), "dim"), reads, writes), "dq")
 
 
 def _slope(match: Match, editor: Editor) -> None:
@@ -260,7 +254,6 @@ REAL_RULES: Final = (
     ),
     _rule("x86-average", AVERAGES, _average, averages),
     _rule("x86-softmax", ("softmax", "log_softmax"), _softmax, options_are_constant),
-    _rule("x86-glu", "glu", _glu, options_are_constant),
     _rule("x86-prelu", "prelu", _slope),
     Rule(
         "x86-constant",

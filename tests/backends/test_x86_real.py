@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fxquant.backends.x86_norms import StatisticsCodes
 from fxquant.backends.x86_real import (
     AffineCodes,
-    GluCodes,
     RealCodes,
     SlopeCodes,
     SoftmaxCodes,
@@ -71,7 +70,7 @@ EXACT: dict[str, tuple[Make, Callable[[Tensor], Tensor]]] = {
     "affine of channels": affine((6,), channels=True),
     "softmax": (lambda r, w: SoftmaxCodes("softmax", 1, r, w), lambda x: x.softmax(1)),
     "log_softmax": (lambda r, w: SoftmaxCodes("log_softmax", 3, r, w), lambda x: x.log_softmax(3)),
-    "glu": (lambda r, w: GluCodes(1, r, w), lambda x: F.glu(x, 1)),
+    "glu": (lambda r, w: RealCodes("glu", {"dim": 1}, (r,), w), lambda x: F.glu(x, 1)),
     "prelu": (lambda r, w: SlopeCodes(SLOPE, r, w), lambda x: F.prelu(x, SLOPE.double())),
     "normalize": (
         lambda r, w: RealCodes("normalize", {"p": 2.0, "dim": 1, "eps": 1e-12}, (r,), w),

@@ -135,7 +135,7 @@ AVERAGES: Final[dict[str, Op]] = {
 }
 
 ARITHMETIC: Final[dict[str, Op]] = {
-    "glu": Op(lambda m, y, z: F.glu(y, 1), "GluCodes"),
+    "glu": Op(lambda m, y, z: F.glu(y, 1), "RealCodes"),
     "prelu": Op(lambda m, y, z: m.n(pool(y)), "SlopeCodes", IMAGE, part(lambda: nn.PReLU(8))),
     "prelu of one": Op(lambda m, y, z: m.n(pool(y)), "SlopeCodes", IMAGE, part(nn.PReLU)),
     "div": Op(lambda m, y, z: pool(y) / (pool(z).abs() + 1), "RealCodes"),
