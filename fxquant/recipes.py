@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from fxquant.backends.base import INT8_OPS, Availability, Backend
+from fxquant.backends.base import INT8_OPS, REASONS, Availability, Backend
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86, has_vnni
 from fxquant.errors import ConfigError
@@ -21,6 +21,7 @@ from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse import Fuse
 from fxquant.passes.lower import Lower
 from fxquant.passes.observe import Observe
+from fxquant.passes.open_attention import OpenAttention
 from fxquant.passes.place import Place
 from fxquant.passes.read_ranges import ReadRanges
 from fxquant.passes.share_scales import ShareScales
@@ -65,8 +66,9 @@ def prepare_recipe(
             Decompose(known),
             AdoptProducts(known),
             Configure(qconfig, overrides),
+            OpenAttention(),
             Fuse((*patterns, *FUSION_RULES), known),
-            Annotate(INT8_OPS),
+            Annotate(INT8_OPS, REASONS),
             Observe(),
         )
     )

@@ -17,14 +17,19 @@ class Cost:
     Args:
         call: microseconds of a call, whatever its size.
         element: nanoseconds per element of its largest tensor.
+        product: nanoseconds per multiply-accumulate, of ops that do them.
+        matrix: microseconds per matrix of a batch of products.
     """
 
     call: float
     element: float
+    product: float = 0.0
+    matrix: float = 0.0
 
-    def of(self, elements: int) -> float:
-        """Microseconds for a tensor of that many elements."""
-        return self.call + self.element * elements / 1000.0
+    def of(self, elements: int, products: int = 0, matrices: int = 0) -> float:
+        """Microseconds for a tensor of that many elements, and as many products."""
+        each = self.element * elements + self.product * products
+        return self.call + self.matrix * matrices + each / 1000.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ MEASURED: Final = Costs(
         "sub": Cost(30.0, 0.6),
         "mul": Cost(30.0, 0.6),
         "batch_norm": Cost(14.0, 0.17),
+        # One integer product a matrix; the largest tensor is requantized.
+        "matmul": Cost(30.0, 0.5, 0.0019, 9.0),
         "cat": Cost(8.0, 0.08),
         "stack": Cost(8.0, 0.08),
         **{name: Cost(15.0, 0.16) for name in _POOLS},
@@ -119,6 +126,7 @@ MEASURED: Final = Costs(
         "sub": Cost(4.0, 0.12),
         "mul": Cost(4.0, 0.12),
         "batch_norm": Cost(9.0, 0.17),
+        "matmul": Cost(4.0, 0.0, 0.0068),
         "relu": Cost(3.0, 0.1),
         "cat": Cost(5.0, 0.25),
         "stack": Cost(5.0, 0.25),
@@ -137,8 +145,19 @@ MEASURED: Final = Costs(
     },
 )
 
+REASONS: Final = {
+    "scaled_dot_product_attention": (
+        "torch's fused attention in float took 0.3 to 0.6 of the time of two integer products with "
+        "a softmax between them (12 heads of 64; 128, 197 and 512 tokens, two threads); "
+        "overrides={F.scaled_dot_product_attention: QConfig()} opens it into int8 products"
+    ),
+    "embedding": "its indices are no numbers to quantize; its table becomes int8 when converted",
+}
+"""Why an op without an int8 form has none."""
+
 _ARITHMETIC: Final = (
     *("add", "sub", "mul", "div", "cat", "stack", "batch_norm", "mean", "sum", "interpolate"),
+    "matmul",
     *("maximum", "minimum", "addcmul", "addcdiv", "lerp", "prelu", "glu"),
     *("layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"),
     *("local_response_norm", "softmax", "log_softmax", "norm", "vector_norm"),

@@ -10,6 +10,7 @@ import torch
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.backends.x86_layer_rules import LAYER_RULES
+from fxquant.backends.x86_matmul import MATMUL_RULES
 from fxquant.backends.x86_move_rules import MOVE_RULES
 from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_rules import OP_RULES
@@ -36,7 +37,7 @@ class X86:
     """Int8 kernels of the oneDNN that torch is built with."""
 
     name: str = "x86"
-    rules: tuple[Rule, ...] = (*LAYER_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES)
+    rules: tuple[Rule, ...] = (*LAYER_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES)
     costs: Costs = MEASURED
 
     @property

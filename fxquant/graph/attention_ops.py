@@ -94,6 +94,46 @@ def attention_weights(
     return weights.mean(dim=-3) if average else weights
 
 
+def attention_scores(
+    products: Tensor,
+    query: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Scale and mask products of queries and keys, as ``scaled_dot_product_attention`` does.
+
+    Args:
+        products: float ``[..., length, keys]``.
+        query: float ``[..., length, head]``; only its last size is read.
+        mask: bool (true takes part) or float, broadcastable to the scores.
+        is_causal: whether keys after the query are masked.
+        scale: factor of the products, by default ``1 / sqrt(head)``.
+
+    Returns:
+        Float ``[..., length, keys]``.
+
+    Example:
+        >>> attention_scores(torch.ones(2, 2), torch.ones(2, 4), is_causal=True)
+        tensor([[0.5000,   -inf],
+                [0.5000, 0.5000]])
+    """
+    if _traced(products, query, mask):
+        made: Tensor = handle_torch_function(
+            attention_scores, (products, query, mask), products, query, mask, is_causal, scale
+        )
+        return made
+    scores = products * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(ones.tril().logical_not(), -math.inf)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask.logical_not(), -math.inf)
+    return scores + mask
+
+
 def append_row(heads: Tensor, row: Tensor) -> Tensor:
     """Append one row to the keys or values of every head.
 

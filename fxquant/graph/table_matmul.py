@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxquant.graph.attention_ops import append_row, attention_mask, attention_weights
+from fxquant.graph.attention_ops import (
+    append_row,
+    attention_mask,
+    attention_scores,
+    attention_weights,
+)
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_entry import entry, sig, spellings
 
@@ -155,6 +160,13 @@ _ATTENTION: Final = (
         attention_weights,
         sig(lambda query, key, mask=None, *, average=True: None),
         tensors=("query", "key"),
+    ),
+    entry(
+        "attention_scores",
+        Kind.FLOAT,
+        attention_scores,
+        sig(lambda products, query, mask=None, is_causal=False, scale=None: None),
+        tensors=("products", "query"),
     ),
     entry(
         "append_row",

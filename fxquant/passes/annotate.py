@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import Decision, info
+from fxquant.graph.masks import masks_scores, reads_masked
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
@@ -69,6 +70,7 @@ class Annotate(Pass):
             self._no_form(op, head)
             or _bad_weight(op, head, config.weight is None)
             or _bad_values(unit)
+            or _masked(unit)
         )
         if why is not None:
             return Decision(False, why, "annotate")
@@ -109,6 +111,12 @@ def _bad_weight(op: Op, node: Node, weight_is_float: bool) -> str | None:
         return f"its weight is {weight.dtype}, and int8 kernels are made from float32"
     if not bool(torch.isfinite(weight).all()):
         return "its weight holds NaN or infinity"
+    return None
+
+
+def _masked(unit: Unit) -> str | None:
+    if any(masks_scores(node) or reads_masked(node) for node in unit.nodes):
+        return "it works on scores with a mask, which reaches to minus infinity"
     return None
 
 

@@ -59,5 +59,6 @@ MATMULS: Final[dict[str, Case]] = {
         (2, 3, 4), {"mask": torch.zeros(3, 4), "padding": None, "heads": 2, "extra": 1}
     ),
     "attention_weights": Case((2, 3, 4), {"mask": None, "average": False}),
+    "attention_scores": Case((2, 3, 3), {"mask": None, "is_causal": True, "scale": 0.3}),
     "append_row": Case((2, 3, 4), parameters={"row": (2, 1, 4)}),
 }

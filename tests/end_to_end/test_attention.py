@@ -1,0 +1,106 @@
+"""Attention end to end: masks in no range, projections in int8, products where asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant import QConfig
+from fxquant.record import record_of
+
+WIDTH, HEADS, LENGTH = 64, 4, 12
+
+
+class Attention(nn.Module):
+    """Self-attention as people write it.
+
+    Args:
+        style: how scores are masked: ``sdpa``, ``add`` (-inf), ``fill`` (-1e9) or ``where``.
+    """
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mask", torch.ones(LENGTH, LENGTH).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.style == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(WIDTH // HEADS)
+        hidden = self.mask.bool()
+        if self.style == "add":
+            scores = scores + torch.zeros(LENGTH, LENGTH).masked_fill(hidden, -math.inf)
+        elif self.style == "fill":
+            scores = scores.masked_fill(hidden, -1e9)
+        else:
+            scores = torch.where(hidden, torch.tensor(-1e9), scores)
+        return torch.matmul(torch.softmax(scores, -1), v)
+
+
+STYLES = ("sdpa", "add", "fill", "where")
+
+
+def sqnr(wanted: Tensor, found: Tensor) -> float:
+    """Signal to quantization noise, decibels."""
+    return 10 * math.log10(float(wanted.square().mean() / (wanted - found).square().mean()))
+
+
+def quantized(model: nn.Module, *shape: int, **options: Any) -> tuple[GraphModule, float]:
+    """``model`` in int8 and how close it is to float on data it has not seen."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(shape, generator=generator) for _ in range(5)]
+    made = fxquant.quantize(model, batches[:4], **options)
+    with torch.no_grad():
+        return made, sqnr(model(batches[4]), made(batches[4]))
+
+
+@pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+@pytest.mark.parametrize("backend", ["reference", "x86"])
+@pytest.mark.parametrize("style", STYLES)
+def test_masks_are_in_no_range(style: str, backend: str) -> None:
+    torch.manual_seed(0)
+    made, quality = quantized(Attention(style).eval(), 2, LENGTH, WIDTH, backend=backend)
+    # An int8 layer alone gives about 40 dB on normal data; -1e9 in a range would give 0.
+    assert quality >= 30
+    record = record_of(made)
+    assert {op.path for op in record.ops if op.op == "linear" and op.int8} == {"qkv", "out"}
+    assert all(max(-seen.low, seen.high) < 100 for seen in record.observers), record.observers
+
+
+@pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+@pytest.mark.parametrize("backend", ["reference", "x86"])
+@pytest.mark.parametrize("style", ["sdpa", "add"])
+def test_products_are_int8_where_they_are_asked_for(style: str, backend: str) -> None:
+    torch.manual_seed(0)
+    asked: Any = F.scaled_dot_product_attention if style == "sdpa" else torch.matmul
+    model = Attention(style).eval()
+    made, quality = quantized(
+        model, 2, LENGTH, WIDTH, backend=backend, overrides={asked: QConfig()}
+    )
+    assert quality >= 28  # two more quantized tensors than above
+    record = record_of(made)
+    assert [op.int8 for op in record.ops if op.op == "matmul"] == [True, True]
+    assert sum(op.macs or 0 for op in record.ops if not op.int8) == 0
+
+
+def test_attention_says_why_it_is_float() -> None:
+    made, _ = quantized(Attention("sdpa").eval(), 2, LENGTH, WIDTH, backend="reference")
+    why = next(op.why for op in record_of(made).ops if "attention" in op.op)
+    assert "0.3 to 0.6 of the time" in why
+    made, _ = quantized(Attention("add").eval(), 2, LENGTH, WIDTH, backend="x86")
+    why = next(op.why for op in record_of(made).ops if op.op == "matmul")
+    assert "us on codes" in why
