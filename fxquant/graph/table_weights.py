@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant.graph.integer_modules import IntegerEmbedding
 from fxquant.graph.ops import Function, Kind, Op
 from fxquant.graph.table_entry import adopt, entry, sig, spellings
 
@@ -148,7 +149,7 @@ WEIGHTED: Final = (
                 None
             ),
         ),
-        modules=(nn.Embedding,),
+        modules=(nn.Embedding, IntegerEmbedding),
         build=_build_embedding,
     ),
     entry(

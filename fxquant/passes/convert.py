@@ -19,10 +19,12 @@ from torch.fx import Node
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import Flow, is_join, moves_codes, wanted_int8
 from fxquant.graph.info import Decision, QType, info
+from fxquant.graph.integer_modules import IntegerEmbedding
 from fxquant.graph.op_table import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
+    is_op,
     module_of,
     op_named,
     op_of,
@@ -35,6 +37,10 @@ from fxquant.numerics.integer import fits_int32, pair_saturates
 from fxquant.numerics.observers import weight_qparams
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
+
+
+_Cache = dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]]
+"""Integer weights by the float weight they come from, its spec and its channel axis."""
 
 
 class QuantizedWeight(nn.Module):
@@ -86,12 +92,14 @@ class Convert(Pass):
 
     def run(self, editor: Editor) -> None:
         """Weights first: one whose sums could pass 32 bits sends its unit back to float."""
-        cache: dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]] = {}
+        cache: _Cache = {}
         for node in list(editor.graph.nodes):
             op = op_of(node)
             if op is not None and op.kind is Kind.CONTRACT and wanted_int8(node):
                 self._weight(editor, node, op, cache)
         self._edges(editor)
+        for node in [n for n in editor.graph.nodes if is_op(n, "embedding")]:
+            self._table(editor, node, cache)
         with editor.rule("drop-dead"):
             editor.clean()
 
@@ -100,7 +108,7 @@ class Convert(Pass):
         editor: Editor,
         node: Node,
         op: Op,
-        cache: dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]],
+        cache: _Cache,
     ) -> None:
         layer: Any = module_of(node)
         config = info(node).config
@@ -119,6 +127,25 @@ class Convert(Pass):
         with editor.rule("quantize-weight"):
             editor.set_module(path, QuantizedWeight(codes, scale, bias))
             self._call(editor, node, op, layer, None if scale.numel() == 1 else axis)
+
+    def _table(self, editor: Editor, node: Node, cache: _Cache) -> None:
+        """Store a table of embeddings as int8: a lookup moves rows, whatever runs the rest."""
+        config, layer = info(node).config, module_of(node)
+        if config is None or config.activation is None or not isinstance(layer, nn.Embedding):
+            return
+        table, why = layer.weight, _stays_float(editor, layer, config.weight is None)
+        if why is None:
+            spec = config.weight or DEFAULT_WEIGHT
+            key = (id(table), spec, 0)
+            if key not in cache:
+                cache[key] = self._integers(table.detach(), spec, 0)
+            why, by = "its table is int8", info(node).configured_by
+            with editor.rule("quantize-table"):
+                editor.set_module(str(node.target), IntegerEmbedding(*cache[key]))
+                editor.annotate(node, decision=Decision(True, why, by), reads=(None,))
+            return
+        with editor.rule("leave-float"):
+            editor.annotate(node, decision=Decision(False, why, "convert"))
 
     def _integers(self, weight: Tensor, spec: QSpec, axis: int) -> tuple[Tensor, Tensor]:
         qparams = weight_qparams(weight, spec, axis)
@@ -161,6 +188,29 @@ class Convert(Pass):
         boundary = _Boundary(editor)
         for node in list(editor.graph.nodes):
             boundary.settle(node)
+
+
+def _stays_float(editor: Editor, layer: nn.Embedding, asked: bool) -> str | None:
+    """Why a table cannot be int8; one that is also read in float would be stored twice."""
+    table = layer.weight
+    if asked:
+        return "its weight was asked to stay float"
+    if layer.max_norm is not None:
+        return "max_norm changes its table in every call"
+    if table.dtype != torch.float32 or table.shape[1] < 2 or table.numel() == 0:
+        return f"a {table.dtype} table {list(table.shape)} would not shrink"
+    if not bool(torch.isfinite(table).all()):
+        return "its table holds NaN or infinity"
+    for path, owner in editor.module.named_modules():
+        shares = any(held is table for held in owner._parameters.values())
+        if shares and not isinstance(owner, nn.Embedding):
+            return f"{path} reads the same table in float"
+    named = [str(n.target) for n in editor.graph.nodes if n.op == "get_attr"]
+    for path in named:
+        parent, _, leaf = path.rpartition(".")
+        if getattr(editor.module.get_submodule(parent), leaf, None) is table:
+            return f"{path} is read as a tensor too"
+    return None
 
 
 class _Boundary:

@@ -53,7 +53,11 @@ class FoldConstants(Pass):
     @staticmethod
     def _put(editor: Editor, node: Node, value: Tensor) -> None:
         with editor.rule("fold-constant"):
-            held = nn.Parameter(value.detach(), requires_grad=False)
+            # A view of a part would keep the whole in memory and in files.
+            whole = value.untyped_storage().nbytes() <= value.numel() * value.element_size()
+            held = nn.Parameter(
+                value.detach() if whole else value.detach().clone(), requires_grad=False
+            )
             path = editor.add_buffer(f"{info(node).path or node.name}_folded", held)
             made = editor.get_attr(path, like=node, before=node)
             editor.replace(node, made)

@@ -25,6 +25,8 @@ class Attention(nn.Module):
         style: how scores are masked: ``sdpa``, ``add`` (-inf), ``fill`` (-1e9) or ``where``.
     """
 
+    mask: Tensor
+
     def __init__(self, style: str) -> None:
         super().__init__()
         self.style = style
