@@ -198,13 +198,13 @@ def test_every_module_class_has_a_case() -> None:
     for op in OPS:
         made = {type(spelled.make()) for spelled in CASES[op.name].modules}
         # What rewrites make and nobody spells; the matrix has F.batch_norm and F.instance_norm.
-        made_by_rewrites = {
+        by_rewrites = {
             FunctionalBatchNorm,
             FunctionalInstanceNorm,
             UnaryChain,
             IntegerEmbedding,
         }
-        wanted = set(op.modules) - made_by_rewrites
+        wanted = set(op.modules) - by_rewrites
         assert made == wanted, f"{op.name}: cases of {made}, spellings {wanted}"
 
 
