@@ -102,7 +102,7 @@ def floor_of(match: Match) -> int | None:
     act = match.bound.get("act")
     if act is None or _name(act) != "relu" or _name(match.node("layer")) not in _NO_RELU:
         return None
-    return info(match.root).writes.zero_point  # type: ignore[union-attr]
+    return info(match.root).writes.zero_point  # type: ignore[union-attr]  # the pattern that matched has it
 
 
 def kernel_takes(match: Match) -> Reject | None:
@@ -190,8 +190,8 @@ def _weight_shape(layer: Node) -> tuple[int, ...]:
 
 def _weight(layer: Node) -> Tensor:
     """The integer weight that a layer reads."""
-    codes = layer.args[1].args[0]  # type: ignore[union-attr]
-    parent, _, leaf = str(codes.target).rpartition(".")  # type: ignore[union-attr]
+    codes = layer.args[1].args[0]  # type: ignore[union-attr]  # the pattern that matched has it
+    parent, _, leaf = str(codes.target).rpartition(".")  # type: ignore[union-attr]  # the pattern that matched has it
     owner = layer.graph.owning_module
     if owner is None:
         raise TypeError(f"%{layer.name} belongs to no module")

@@ -238,7 +238,7 @@ class X86ConvSum(X86Conv):
             self.post.algorithm,
         )
 
-    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
         if codes.dim() == self._unbatched:
             return self.forward(codes.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
@@ -328,7 +328,7 @@ class X86LinearSum(X86Linear):
             self.post.algorithm,
         )
 
-    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
         if codes.numel() == 0:
             return self._nothing(codes)

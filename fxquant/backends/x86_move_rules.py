@@ -54,7 +54,7 @@ def same_type(match: Match) -> Reject | None:
 
 def _lower_move(match: Match, editor: Editor) -> None:
     node, codes = match.node("op"), codes_of(match, "dq")
-    name = op_of(node).name  # type: ignore[union-attr]
+    name = op_of(node).name  # type: ignore[union-attr]  # the pattern that matched has it
     if name == "max_pool2d" or name in _THROUGH_FLOAT:
         options = options_of(node)
         module = MaxPool2dCodes(options) if name == "max_pool2d" else ThroughFloat(name, options)
@@ -105,7 +105,7 @@ def _recall(
 
 def _lower_join(match: Match, editor: Editor) -> None:
     node = match.node("op")
-    parts = [dq.args[0] for dq in node.args[0]]  # type: ignore[union-attr]
+    parts = [dq.args[0] for dq in node.args[0]]  # type: ignore[union-attr]  # the pattern that matched has it
     _recall(match, editor, node.target, (parts,), dict(node.kwargs))
 
 

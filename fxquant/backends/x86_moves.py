@@ -101,7 +101,7 @@ class ThroughFloat(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to float, the op, and back; nothing rounds."""
         target = op_named(self.name).target
-        moved: Tensor = target(codes.float(), **self.options)  # type: ignore[misc]
+        moved: Tensor = target(codes.float(), **self.options)  # type: ignore[misc]  # the options are of many types
         return moved.to(codes.dtype)
 
     def extra_repr(self) -> str:

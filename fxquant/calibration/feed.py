@@ -82,8 +82,13 @@ def calibrate(
         ConfigError: an option that cannot work.
 
     Example:
-        >>> calibrate(prepared, loader, transform=lambda b: b[0], max_batches=32)  # doctest: +SKIP
-        CalibrationResult(batches=32, samples=1024, seconds=1.9, unseen=())
+        >>> from fxquant.numerics.observers import make_observer
+        >>> from fxquant.spec import QSpec
+        >>> model = nn.Sequential(make_observer(QSpec(), "input"))
+        >>> labelled = [(torch.randn(8, 3), torch.zeros(8)) for _ in range(4)]
+        >>> result = calibrate(model, labelled, transform=lambda b: b[0])
+        >>> result.batches, result.samples, result.unseen
+        (4, 32, ())
     """
     observers = _observers(model)
     check_options(data, transform, max_batches)

@@ -6,6 +6,7 @@ The ladder's first rung is symbolic tracing with example values; see :mod:`fxqua
 from __future__ import annotations
 
 import contextlib
+import keyword
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from fxquant.errors import TraceError
 from fxquant.graph.attention_modules import open_modules, settle_activations
 from fxquant.graph.copies import deep_copy
+from fxquant.graph.info import info
 from fxquant.graph.patches import patched
 from fxquant.graph.proxies import ValueDependentError
 from fxquant.graph.signature import Binding, bind_example
@@ -139,7 +141,26 @@ def trace(root: nn.Module, binding: Binding, name: str) -> fx.GraphModule:
     for node in graph.nodes:
         # Annotations may be strings, which the pickle of a graph module cannot import.
         node.type = None
+    _check_names(graph)
     return fx.GraphModule(root, graph, name)
+
+
+def _check_names(graph: fx.Graph) -> None:
+    """torch.fx writes a graph as Python code, where ``self.lambda`` cannot stand.
+
+    Raises:
+        TraceError: a module or parameter in use is named by a Python keyword.
+    """
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        words = [part for part in str(node.target).split(".") if keyword.iskeyword(part)]
+        if words:
+            raise TraceError(
+                f"{node.target} ({info(node).source or 'in forward'}) is named by the Python "
+                f"keyword {words[0]!r}, and torch.fx cannot write code that reads it: give it "
+                f"another name, such as {words[0] + '_'!r}"
+            )
 
 
 @contextlib.contextmanager
@@ -176,7 +197,7 @@ def _settle_parametrizations(root: nn.Module) -> None:
     """Replace computed weights (weight norm, ...) by their value: static weights stay static."""
     for module in [m for m in root.modules() if parametrize.is_parametrized(m)]:
         with torch.no_grad():
-            values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]
+            values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]  # is_parametrized() said so
         # Not remove_parametrizations(): it changes the class, which a copy shares with the user's
         # own module.
         module.__class__ = parametrize.type_before_parametrizations(module)

@@ -203,7 +203,7 @@ class Rebuild:
         if node.target not in _WRAPPERS:
             raise TraceError(f"{node.target} holds graphs of its own, which cannot be quantized")
         inner = next(i for i, a in enumerate(node.args) if _is_graph(a, self.values))
-        body: fx.GraphModule = self.values[node.args[inner]]  # type: ignore[index]
+        body: fx.GraphModule = self.values[node.args[inner]]  # type: ignore[index]  # the first argument of such a call is a node
         operands = self._settled(node.args[inner + 1 :])
         for place, value in zip(_placeholders(body.graph), operands, strict=True):
             self.values[place] = value

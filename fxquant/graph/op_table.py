@@ -107,7 +107,7 @@ def op_names() -> tuple[str, ...]:
 def function_spelling(function: object) -> tuple[Op, Spelling] | None:
     """The op that a function spells, if the table knows it."""
     try:
-        return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]
+        return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]  # any object may be asked for
     except TypeError:  # unhashable callables are nobody's spelling
         return None
 
@@ -166,7 +166,7 @@ def op_of(node: Node) -> Op | None:
         return None
     if node.op == "call_function":
         try:
-            return _TARGETS.get(node.target)  # type: ignore[arg-type]
+            return _TARGETS.get(node.target)  # type: ignore[arg-type]  # a target may be a string
         except TypeError:  # unhashable callables are nobody's target
             return None
     if node.op == "call_module":
@@ -182,7 +182,7 @@ def module_of(node: Node) -> nn.Module:
         raise TypeError(f"{node} calls no module of a GraphModule")
     # What get_submodule does, without its checks: this is asked tens of thousands of times.
     for part in node.target.split("."):
-        module = module._modules[part]  # type: ignore[union-attr]
+        module = module._modules[part]  # type: ignore[union-attr]  # an empty slot fails below or raises
     if module is None:
         raise TypeError(f"{node} calls {node.target}, which is empty")
     return module

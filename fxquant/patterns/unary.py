@@ -218,7 +218,7 @@ def known_as(chain: UnaryChain) -> tuple[str, dict[str, Any]] | None:
     with torch.no_grad():
         found = chain(x)
         for name, options in KNOWN:
-            wanted = op_named(name).target(x, **options)  # type: ignore[misc]
+            wanted = op_named(name).target(x, **options)  # type: ignore[misc]  # the options are of many types
             if bool(((found - wanted).abs() <= _AGREE * (1.0 + wanted.abs())).all()):
                 return name, options
     return None

@@ -290,3 +290,12 @@ def test_a_captured_module_can_be_copied_and_pickled() -> None:
     module = capture(Options().eval(), (X,), {"scale": 2.0}).module
     wanted = module(X, None, 2.0)
     assert torch.equal(copy.deepcopy(module)(X, None, 2.0), wanted)
+
+
+@pytest.mark.parametrize("word", ["lambda", "class"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_module_named_by_a_keyword_is_an_error_that_says_so(word: str, inner: bool) -> None:
+    model = nn.Sequential()
+    model.add_module(word, nn.Sequential(nn.Linear(2, 2)) if inner else nn.Linear(2, 2))
+    with pytest.raises(TraceError, match=rf"{word}.* keyword '{word}'.*such as '{word}_'"):
+        capture(model)
