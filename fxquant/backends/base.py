@@ -59,6 +59,7 @@ class Costs:
 
 _POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
 
+<<<<<<< HEAD
 _CODES_OWN: Final = (*_POOLS, "amax", "amin")
 """Moves that cost more than moving."""
 
@@ -91,6 +92,14 @@ _FLOAT_INSIDE_IN_FLOAT: Final = {
     "vector_norm": Cost(10.0, 0.1),
     "unary": Cost(15.0, 0.4),
 }
+=======
+_BLENDS: Final = ("where", "masked_fill")
+
+
+def _of_kind(kind: Kind) -> tuple[str, ...]:
+    return tuple(name for name in op_names() if op_named(name).kind is kind)
+
+>>>>>>> 5558126 (Op table: every move, join, split and pick in every spelling; they run on codes)
 
 MEASURED: Final = Costs(
     # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
@@ -102,10 +111,17 @@ MEASURED: Final = Costs(
         "sub": Cost(30.0, 0.6),
         "mul": Cost(30.0, 0.6),
         "batch_norm": Cost(14.0, 0.17),
+<<<<<<< HEAD
         # One integer product a matrix; the largest tensor is requantized.
         "matmul": Cost(30.0, 0.5, 0.0019, 9.0),
         "cat": Cost(8.0, 0.08),
         "stack": Cost(8.0, 0.08),
+=======
+        **{name: Cost(8.0, 0.08) for name in _of_kind(Kind.JOIN)},
+        **{name: Cost(12.0, 0.2) for name in _BLENDS},
+        **{name: Cost(10.0, 10.0) for name in _of_kind(Kind.PICK)},
+        **{name: Cost(8.0, 2.0) for name in _of_kind(Kind.INDEX)},
+>>>>>>> 5558126 (Op table: every move, join, split and pick in every spelling; they run on codes)
         **{name: Cost(15.0, 0.16) for name in _POOLS},
         **{f"avg_pool{r}d": Cost(15.0, 0.5) for r in (1, 2, 3)},
         **{f"adaptive_avg_pool{r}d": Cost(15.0, 0.3) for r in (1, 2, 3)},
@@ -128,8 +144,10 @@ MEASURED: Final = Costs(
         "batch_norm": Cost(9.0, 0.17),
         "matmul": Cost(4.0, 0.0, 0.0068),
         "relu": Cost(3.0, 0.1),
-        "cat": Cost(5.0, 0.25),
-        "stack": Cost(5.0, 0.25),
+        **{name: Cost(5.0, 0.25) for name in _of_kind(Kind.JOIN)},
+        **{name: Cost(5.0, 0.75) for name in _BLENDS},
+        **{name: Cost(10.0, 11.0) for name in _of_kind(Kind.PICK)},
+        **{name: Cost(8.0, 4.0) for name in _of_kind(Kind.INDEX)},
         **{name: Cost(8.0, 0.25) for name in _POOLS},
         **{f"avg_pool{r}d": Cost(8.0, 0.25) for r in (1, 2, 3)},
         **{f"adaptive_avg_pool{r}d": Cost(8.0, 0.15) for r in (1, 2, 3)},
@@ -164,14 +182,14 @@ _ARITHMETIC: Final = (
     *(f"{kind}_pool{rank}d" for kind in ("avg", "adaptive_avg") for rank in (1, 2, 3)),
 )
 
+_BY_KIND: Final = (
+    *(Kind.CONTRACT, Kind.UNARY, Kind.MOVE, Kind.JOIN, Kind.SPLIT, Kind.PICK, Kind.INDEX),
+)
+
 INT8_OPS: Final = frozenset(
     (
         *_ARITHMETIC,
-        *(
-            name
-            for name in op_names()
-            if op_named(name).kind in (Kind.CONTRACT, Kind.UNARY, Kind.MOVE, Kind.SPLIT)
-        ),
+        *(name for name in op_names() if op_named(name).kind in _BY_KIND),
     )
 )
 """Ops with an int8 form in the Q/DQ graph, whatever runs it."""

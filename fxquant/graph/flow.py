@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.fx import Graph, Node
 
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, is_op, op_of
+from fxquant.graph.op_table import argument, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
 
@@ -19,7 +19,20 @@ def moves_codes(node: Node) -> bool:
         return False
     if op.name == "interpolate":
         return bool(argument(node, "mode") in ("nearest", "nearest-exact"))
-    return op.kind in (Kind.MOVE, Kind.SPLIT)
+    if op.name == "where":
+        return not isinstance(argument(node, "other"), Node)
+    return op.kind in (Kind.MOVE, Kind.SPLIT, Kind.PICK)
+
+
+def gives_indices(node: Node) -> bool:
+    """Whether the result says where elements are: it counts, whatever the scale."""
+    op = op_of(node)
+    if op is None or op.name != "getitem":
+        return op is not None and op.kind is Kind.INDEX
+    source = node.args[0]
+    maker = op_of(source) if isinstance(source, Node) else None
+    # Of what an op picks, the values stand first and the indices second.
+    return maker is not None and maker.kind is Kind.PICK and bool(node.args[1] != 0)
 
 
 def wanted_int8(node: Node) -> bool:
@@ -59,7 +72,9 @@ class Flow:
 
     def arithmetic_units(self) -> Iterator[Unit]:
         """The int8 units that compute, rather than move codes."""
-        return (unit for unit in self.int8_units() if not moves_codes(unit.output))
+        for unit in self.int8_units():
+            if not moves_codes(unit.output) and not gives_indices(unit.output):
+                yield unit
 
     def read_as_codes(self, node: Node) -> bool:
         """Whether an int8 op that computes reads ``node``, maybe through moves."""
@@ -70,6 +85,8 @@ class Flow:
             if user.name in seen or not wanted_int8(user):
                 continue
             seen.add(user.name)
+            if gives_indices(user):
+                continue
             if not moves_codes(user):
                 return True
             todo.extend(user.users)
@@ -78,4 +95,5 @@ class Flow:
 
 def is_join(node: Node) -> bool:
     """Whether ``node`` puts tensors side by side."""
-    return is_op(node, "cat", "stack")
+    op = op_of(node)
+    return op is not None and op.kind is Kind.JOIN and not moves_codes(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 
 def power_of(input: Tensor, base: float) -> Tensor:
@@ -21,3 +21,79 @@ def power_of(input: Tensor, base: float) -> Tensor:
     if has_torch_function_unary(input):
         return handle_torch_function(power_of, (input,), input, base=base)
     return torch.pow(base, input)
+
+
+def reverse_dims(input: Tensor) -> Tensor:
+    """Return a view with the dimensions in reverse order: ``.T``, and ``.t()`` of a matrix.
+
+    Args:
+        input: any shape, any dtype.
+
+    Example:
+        >>> reverse_dims(torch.zeros(2, 3)).shape
+        torch.Size([3, 2])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(reverse_dims, (input,), input)
+    return input.permute(tuple(reversed(range(input.dim()))))
+
+
+def where(input: Tensor, other: Tensor | float, *, condition: Tensor) -> Tensor:
+    """Return ``input`` where ``condition`` holds, else ``other``; tensors first.
+
+    Args:
+        input: any shape that broadcasts with the others.
+        other: a tensor or a number.
+        condition: bool.
+
+    Example:
+        >>> where(torch.ones(2), 0.0, condition=torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    if has_torch_function((input, other, condition)):
+        given = (input, other, condition)
+        return handle_torch_function(where, given, input, other, condition=condition)
+    return torch.where(condition, input, other)
+
+
+def index_put(input: Tensor, values: Tensor, *, indices: tuple[Tensor | None, ...]) -> Tensor:
+    """Return ``input`` with ``values`` at ``indices``; tensors first.
+
+    Args:
+        input: any shape.
+        values: broadcasts with ``input[indices]``.
+        indices: integer or bool tensors, one for each leading dimension.
+
+    Example:
+        >>> index_put(torch.zeros(3), torch.tensor(1.0), indices=(torch.tensor([1]),))
+        tensor([0., 1., 0.])
+    """
+    if has_torch_function((input, values)):
+        return handle_torch_function(index_put, (input, values), input, values, indices=indices)
+    return torch.index_put(input, indices, values)
+
+
+def cast(
+    input: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return ``input`` in another dtype, on another device, or in those of another tensor.
+
+    Args:
+        input: any shape.
+        dtype: the dtype wanted; ``None`` keeps it.
+        device: the device wanted; ``None`` keeps it.
+        like: a tensor whose dtype and device are wanted.
+
+    Example:
+        >>> cast(torch.tensor([1]), dtype=torch.float32)
+        tensor([1.])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(cast, (input,), input, dtype=dtype, device=device, like=like)
+    if like is not None:
+        return input.to(like)
+    return input.to(device=device if device is not None else input.device, dtype=dtype)

@@ -24,6 +24,8 @@ from fxquant.graph.table_joins import JOINS
 from fxquant.graph.table_matmul import MATMULS
 from fxquant.graph.table_moves import MOVES
 from fxquant.graph.table_norms import NORMS
+from fxquant.graph.table_pads import PADS
+from fxquant.graph.table_picks import PICKS
 from fxquant.graph.table_pointwise import POINTWISE
 from fxquant.graph.table_pools import POOLS
 from fxquant.graph.table_views import VIEWS
@@ -34,33 +36,30 @@ DEQUANTIZE: Final = "dequantize"
 DEQUANTIZE_WEIGHT: Final = "dequantize_weight"
 
 
-def _index(
-    ops: tuple[Op, ...],
-) -> tuple[
-    dict[str, Op],
-    dict[Callable[..., Any], tuple[Op, Spelling]],
-    dict[str, tuple[Op, Spelling]],
-    dict[type[nn.Module], Op],
-]:
+_Spelled = tuple[Op, Spelling]
+
+
+def _named(ops: tuple[Op, ...]) -> dict[str, Op]:
     names: dict[str, Op] = {}
-    functions: dict[Callable[..., Any], tuple[Op, Spelling]] = {}
-    methods: dict[str, tuple[Op, Spelling]] = {}
-    modules: dict[type[nn.Module], Op] = {}
     for op in ops:
         if op.name in names:
             raise ValueError(f"the op table has two records named {op.name!r}")
         names[op.name] = op
-        for function, spelling in op.functions.items():
-            if function in functions:
-                raise ValueError(f"{function} spells both {op.name} and {functions[function][0]}")
-            functions[function] = (op, spelling)
-        for method, spelling in op.methods.items():
-            if method in methods:
-                raise ValueError(f".{method}() spells both {op.name} and {methods[method][0]}")
-            methods[method] = (op, spelling)
-        for cls in op.modules:
-            modules[cls] = op
-    return names, functions, methods, modules
+    return names
+
+
+def _spelled(
+    ops: tuple[Op, ...], of: Callable[[Op], Mapping[Any, Spelling]]
+) -> dict[Any, tuple[_Spelled, ...]]:
+    """Every spelling of one sort; several ops may share one if its arguments tell them apart."""
+    found: dict[Any, tuple[_Spelled, ...]] = {}
+    for op in ops:
+        for key, spelling in of(op).items():
+            before = found.get(key, ())
+            if any(other.read is None for _, other in before):
+                raise ValueError(f"{key} spells both {op.name} and {before[0][0].name}")
+            found[key] = (*before, (op, spelling))
+    return found
 
 
 _WRITTEN: Final = (
@@ -72,12 +71,18 @@ _WRITTEN: Final = (
     *MATMULS,
     *VIEWS,
     *MOVES,
+    *PADS,
+    *PICKS,
     *JOINS,
     *POOLS,
     *AVERAGES,
 )
 OPS: Final = with_aten(_WRITTEN)
-_NAMES, _FUNCTIONS, _METHODS, _MODULES = _index(OPS)
+_NAMES: Final = _named(OPS)
+_FUNCTIONS: Final = _spelled(OPS, lambda op: op.functions)
+_METHODS: Final = _spelled(OPS, lambda op: op.methods)
+_ATTRIBUTES: Final = _spelled(OPS, lambda op: op.attributes)
+_MODULES: Final = {cls: op for op in OPS for cls in op.modules}
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
     **{op.target: op for op in OPS if op.target is not None},
     # Once weights are integers an op with parameters is a call of its function.
@@ -104,17 +109,32 @@ def op_names() -> tuple[str, ...]:
     return tuple(_NAMES)
 
 
-def function_spelling(function: object) -> tuple[Op, Spelling] | None:
-    """The op that a function spells, if the table knows it."""
+def function_spellings(function: object) -> tuple[tuple[Op, Spelling], ...]:
+    """What a function may spell; which, its arguments say. Empty if the table does not know it."""
     try:
-        return _FUNCTIONS.get(function)  # type: ignore[call-overload,no-any-return]  # any object may be asked for
+        return _FUNCTIONS.get(function, ())
     except TypeError:  # unhashable callables are nobody's spelling
-        return None
+        return ()
+
+
+def method_spellings(name: str) -> tuple[tuple[Op, Spelling], ...]:
+    """What a tensor method may spell."""
+    return _METHODS.get(name, ())
+
+
+def attribute_spellings(name: str) -> tuple[tuple[Op, Spelling], ...]:
+    """What a tensor attribute spells: ``.mT`` is a transpose."""
+    return _ATTRIBUTES.get(name, ())
+
+
+def function_spelling(function: object) -> tuple[Op, Spelling] | None:
+    """The first op that a function spells, if the table knows it."""
+    return next(iter(function_spellings(function)), None)
 
 
 def method_spelling(name: str) -> tuple[Op, Spelling] | None:
-    """The op that a tensor method spells, if the table knows it."""
-    return _METHODS.get(name)
+    """The first op that a tensor method spells, if the table knows it."""
+    return next(iter(method_spellings(name)), None)
 
 
 def module_op(module: nn.Module) -> Op | None:

@@ -30,6 +30,8 @@ class Kind(Enum):
     ARITH = "arithmetic on elements that needs scales: add, mul, average, affine"
     SHAPE = "answers a question about a tensor; its value is not a tensor"
     SPLIT = "cuts a tensor into a tuple of tensors"
+    PICK = "selects elements and says where: a tuple of values, which are codes, and indices"
+    INDEX = "says where elements are: its result counts, whatever the scale"
     FLOAT = "needs floating point"
     BOUNDARY = "changes between float and codes"
 
@@ -41,12 +43,24 @@ class Spelling:
     Args:
         signature: the parameters of this spelling, with their defaults.
         inplace: whether it overwrites its first argument.
-        read: turns its arguments into canonical ones, where they are not the same words.
+        read: from its own arguments to the canonical ones; ``None`` says that this call, by the
+            kind of its arguments, spells another op (``torch.max`` is three).
     """
 
     signature: inspect.Signature
     inplace: bool = False
-    read: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    read: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """An argument that is the shape of a tensor: ``x.view_as(y)`` is ``x.reshape(y.size())``.
+
+    Args:
+        tensor: the node whose shape is meant.
+    """
+
+    tensor: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +76,7 @@ class Op:
         functions: functions that spell it.
         methods: tensor methods that spell it.
         modules: ``nn`` classes that spell it.
+        attributes: tensor attributes that spell it, such as ``.mT``.
         commutes: whether the first two tensor arguments may be swapped.
         alias: whether the result may share memory with its first argument.
         build: makes the ``nn`` module of a functional call, for ops with parameters.
@@ -69,6 +84,7 @@ class Op:
             may be left out; another value makes the call opaque.
         module_constants: module class to arguments that it fixes without an attribute.
         tidy: writes arguments that mean the same in one way.
+        module_names: canonical argument to the attribute of modules that holds it, if another.
     """
 
     name: str
@@ -85,6 +101,8 @@ class Op:
     absorb: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     module_constants: Mapping[type[nn.Module], Mapping[str, Any]] = field(default_factory=dict)
     tidy: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    attributes: Mapping[str, Spelling] = field(default_factory=dict)
+    module_names: Mapping[str, str] = field(default_factory=dict)
 
     def tidied(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """``arguments`` in the one way to say them: ``stride=None`` of a pool is its kernel."""
@@ -132,12 +150,15 @@ _RENAMED: Final = {
     "axis1": "dim1",
     "tensor": "input",  # torch.split
     "split_size": "split_size_or_sections",  # Tensor.split
+    "split_sizes": "split_size_or_sections",  # Tensor.split_with_sizes
     "train": "training",  # torch.dropout
     "size": "shape",  # Tensor.view
     "mat2": "other",  # torch.mm, torch.bmm
     "vec": "other",  # torch.mv
     "batch1": "mat1",  # torch.baddbmm
     "batch2": "mat2",
+    **dict.fromkeys(("x", "a", "x1"), "input"),  # what numpy calls them
+    "x2": "other",
 }
 _SWITCHES: Final = {"inplace": (True, False)}
 
@@ -168,7 +189,10 @@ def bind(
     values = {name: _unwrap(names[name], value) for name, value in bound.arguments.items()}
     inplace = spelling.inplace or values.get("inplace") is True
     if spelling.read is not None:
-        values = spelling.read(values)
+        found = spelling.read(values)
+        if found is None:
+            return Unreadable(f"it is no call of {op.name}")
+        values = found
     for name in [n for n in values if n not in op.signature.parameters]:
         allowed = op.absorb.get(name, _SWITCHES.get(name, ()))
         value = values.pop(name)
@@ -191,10 +215,20 @@ def _unwrap(parameter: inspect.Parameter, value: Any) -> Any:
 
 
 def module_arguments(op: Op, module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Canonical arguments of a call of ``module`` that spells an op without parameters."""
+    """Canonical arguments of a call of ``module`` that spells an op without parameters.
+
+    Args:
+        op: the op.
+        module: the module called.
+        args: what it is called with: its tensors, or all that its ``forward`` takes.
+    """
     constants = op.module_constants.get(type(module), {})
-    values: dict[str, Any] = dict(zip(op.tensors, args, strict=False))
-    for name in op.options:
+    names = (
+        op.tensors if len(args) <= len(op.tensors) else inspect.signature(module.forward).parameters
+    )
+    values: dict[str, Any] = dict(zip(names, args, strict=False))
+    for name in [option for option in op.options if option not in values]:
         default = op.signature.parameters[name].default
-        values[name] = constants.get(name, getattr(module, name, default))
-    return op.tidied(values)
+        held = op.module_names.get(name, name)
+        values[name] = constants.get(name, getattr(module, held, default))
+    return op.tidied({name: values[name] for name in op.signature.parameters})

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import operator
-from typing import Final
+from typing import Any, Final
 
 import torch
+from torch.fx import Node
 
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_entry import entry, sig, spellings
 
 _PAIR: Final = ("input", "other")
+
+
+def _of_tensors(given: dict[str, Any]) -> dict[str, Any] | None:
+    """``torch.max(x, y)`` is a maximum; ``torch.max(x, 1)`` reduces a dimension."""
+    return given if isinstance(given["other"], Node) else None
+
 
 ARITHMETIC: Final = (
     entry(
@@ -75,9 +82,15 @@ ARITHMETIC: Final = (
             sig(lambda input, other: None),
             tensors=_PAIR,
             commutes=True,
-            methods=spellings((name,), lambda input, other: None),
+            functions=spellings((target,), lambda input, other: None)
+            | spellings((short,), lambda input, other: None, read=_of_tensors),
+            methods=spellings((name,), lambda input, other: None)
+            | spellings((short.__name__,), lambda input, other: None, read=_of_tensors),
         )
-        for name, target in (("maximum", torch.maximum), ("minimum", torch.minimum))
+        for name, target, short in (
+            ("maximum", torch.maximum, torch.max),
+            ("minimum", torch.minimum, torch.min),
+        )
     ),
     *(
         entry(

@@ -99,6 +99,8 @@ def _fits(op: Op, overload: OpOverload) -> bool:
     if not kinds or not kinds <= {"Tensor", "List[Tensor]"}:
         return False
     results = [str(result.type) for result in schema.returns]
+    if op.kind is Kind.PICK:
+        return results == ["Tensor", "Tensor"]
     return results in (["Tensor"], ["int"], ["List[Tensor]"]) or op.kind is Kind.SPLIT
 
 
@@ -141,6 +143,7 @@ _RENAMED: Final[Mapping[tuple[str, str], str]] = {
     ("", "axis1"): "dim1",
     ("", "size"): "shape",
     ("expand", "size"): "size",
+    ("unfold", "size"): "size",
     ("embedding", "indices"): "input",
     ("split", "split_size"): "split_size_or_sections",
     ("split", "split_sizes"): "split_size_or_sections",
@@ -229,9 +232,6 @@ _OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
         (_ATEN.slice.Tensor, lambda input, dim=0, start=None, end=None, step=1: None, _sliced),
         (_ATEN.select.int, lambda input, dim, index: None, _selected),
         (_ATEN.index.Tensor, lambda input, indices: None, _indexed),
-    ),
-    "transpose": (
-        (_ATEN.t.default, lambda input: None, lambda given: {**given, "dim0": 0, "dim1": 1}),
     ),
     "tensordot": (
         (

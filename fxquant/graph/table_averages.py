@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant.graph.ops import Function, Kind, Op
-from fxquant.graph.table_entry import entry, one_way, sig, spellings
+from fxquant.graph.table_entry import entry, fixed, in_tuples, one_way, sig, spellings
 
 
 def _adaptive(rank: int, target: Function, direct: Function, module: Any) -> Op:
@@ -112,9 +112,16 @@ AVERAGES: Final = (
             Kind.MOVE,
             target,
             sig(lambda input, dim=(), keepdim=False: None),
-            methods=spellings((name,), lambda input, dim=(), keepdim=False: None),
+            tidy=in_tuples("dim"),
+            functions=spellings((target,), lambda input, dim=(), keepdim=False: None)
+            | spellings((whole,), lambda input: None, read=fixed()),
+            methods=spellings((name,), lambda input, dim=(), keepdim=False: None)
+            | spellings((whole.__name__,), lambda input: None, read=fixed()),
         )
-        for name, target in (("amax", torch.amax), ("amin", torch.amin))
+        for name, target, whole in (
+            ("amax", torch.amax, torch.max),
+            ("amin", torch.amin, torch.min),
+        )
     ),
     _spread("var", torch.var),
     _spread("std", torch.std),

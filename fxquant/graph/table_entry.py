@@ -10,6 +10,8 @@ from torch import nn
 
 from fxquant.graph.ops import Function, Kind, Op, Spelling
 
+Read = Callable[[dict[str, Any]], dict[str, Any] | None]
+
 
 def sig(like: Callable[..., Any]) -> inspect.Signature:
     """The signature that ``like`` (usually a lambda returning ``None``) is written with."""
@@ -17,10 +19,19 @@ def sig(like: Callable[..., Any]) -> inspect.Signature:
 
 
 def spellings(
-    keys: tuple[Any, ...], like: Callable[..., Any], *, inplace: bool = False
+    keys: tuple[Any, ...],
+    like: Callable[..., Any],
+    *,
+    inplace: bool = False,
+    read: Read | None = None,
 ) -> dict[Any, Spelling]:
-    """The same signature for several functions or methods."""
-    return {key: Spelling(sig(like), inplace) for key in keys}
+    """The same signature for several functions, methods or attributes."""
+    return {key: Spelling(sig(like), inplace, read) for key in keys}
+
+
+def fixed(**values: Any) -> Read:
+    """Reads a spelling that says some arguments by its name: ``fliplr`` is ``flip`` of 1."""
+    return lambda given: {**given, **values}
 
 
 def entry(  # noqa: PLR0913 - a table row has that many columns
@@ -39,6 +50,8 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
     absorb: Mapping[str, tuple[Any, ...]] | None = None,
     module_constants: Mapping[type[nn.Module], Mapping[str, Any]] | None = None,
     tidy: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    attributes: Mapping[str, Spelling] | None = None,
+    module_names: Mapping[str, str] | None = None,
 ) -> Op:
     """One record; the canonical target is always one of its own spellings."""
     all_functions = dict(functions or {})
@@ -59,6 +72,8 @@ def entry(  # noqa: PLR0913 - a table row has that many columns
         absorb=dict(absorb or {}),
         module_constants=dict(module_constants or {}),
         tidy=tidy,
+        attributes=dict(attributes or {}),
+        module_names=dict(module_names or {}),
     )
 
 
@@ -112,6 +127,22 @@ def one_way(arguments: dict[str, Any]) -> dict[str, Any]:
     if found.get("stride", 0) in (None, ()):
         found["stride"] = found["kernel_size"]
     return found
+
+
+def in_tuples(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """``flip(x, 1)`` and ``flip(x, [1])`` are ``flip(x, (1,))``."""
+
+    def tidy(arguments: dict[str, Any]) -> dict[str, Any]:
+        found = {name: _tuple(arguments[name]) for name in names}
+        return {**arguments, **found}
+
+    return tidy
+
+
+def _tuple(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    return (value,) if type(value) is int else value
 
 
 def _one_number(value: Any) -> Any:

@@ -47,3 +47,11 @@ def repeat(input: Tensor, repeats: Any) -> Tensor:
         found: Tensor = handle_torch_function(repeat, (input,), input, repeats)
         return found
     return input.repeat(repeats)
+
+
+def unfold(input: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    """``input.unfold(dimension, size, step)``."""
+    if has_torch_function_unary(input):
+        found: Tensor = handle_torch_function(unfold, (input,), input, dimension, size, step)
+        return found
+    return input.unfold(dimension, size, step)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.fills import bad_fill
+from fxquant.graph.flow import gives_indices
 from fxquant.graph.info import Decision, info
 from fxquant.graph.masks import masks_scores, reads_masked
 from fxquant.graph.op_table import argument, module_of, op_of
@@ -23,8 +25,8 @@ from fxquant.graph.verify import Stage
 from fxquant.graph.view import Unit, constant_values, flat_nodes, tensor_sources, units
 from fxquant.passes.base import Pass
 
-
 _FIXED: Final = Decision(False, "it is computed from parameters alone", "annotate")
+_NEED_TENSORS: Final = (Kind.MOVE, Kind.SPLIT, Kind.PICK, Kind.INDEX, Kind.UNARY)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Annotate(Pass):
             return "a batch norm in training mode changes with every batch"
         if op.name == "batch_norm" and getattr(module_of(node), "running_mean", None) is None:
             return "a batch norm without running statistics mixes the pictures of a batch"
+        if gives_indices(node) and op.kind is not Kind.INDEX:
+            return "it takes indices, which are no codes"
+        if bad_fill(node) is not None:
+            return bad_fill(node)
         if op.name == "dropout":
             return "it is active dropout"
         if op.name == "rrelu" and argument(node, "training"):
@@ -131,7 +137,7 @@ def _bad_values(unit: Unit) -> str | None:
                 return f"%{source.name} is a number computed in every call"
     head = unit.head
     op = op_of(head)
-    if op is not None and op.kind in (Kind.MOVE, Kind.SPLIT, Kind.UNARY):
+    if op is not None and op.kind in _NEED_TENSORS:
         kind = info(tensor_sources(head)[0]).value if tensor_sources(head) else "unknown"
         if kind == "unknown":
             return "it is not known whether its input is a tensor"

@@ -7,6 +7,7 @@ parameters become calls of the standard ``nn`` modules; ``2 + x`` becomes ``add(
 from __future__ import annotations
 
 import builtins
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,26 +19,29 @@ from torch.fx import Node
 
 from fxquant.graph import tensor_methods
 from fxquant.graph.copies import share_parameters
+from fxquant.graph.dtypes import is_float32
 from fxquant.graph.edit import Editor
 from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import ValueKind, info
 from fxquant.graph.op_table import (
     SCALAR_ARITHMETIC,
-    function_spelling,
-    method_spelling,
+    attribute_spellings,
+    function_spellings,
+    has_op,
+    method_spellings,
     module_of,
     module_op,
     op_named,
     op_of,
 )
-from fxquant.graph.ops import Call, Kind, Op, Unreadable, bind, module_arguments
+from fxquant.graph.ops import Call, Kind, Op, SizeOf, Spelling, Unreadable, bind, module_arguments
 from fxquant.graph.own_module import own_module
+from fxquant.graph.table_pools import WITH_INDICES
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
 from fxquant.passes.base import Pass
 
 _NUMBERS: Final = ("scalar", "sizes")
-_QUESTIONS: Final = {"shape": "size", "ndim": "dim"}
 _PLAIN_FACTS: Final = ("dtype", "device", "is_cuda", "layout", "requires_grad")
 
 
@@ -69,11 +73,11 @@ class Canonicalize(Pass):
             return
         op = module_op(module)
         hooks = module._forward_hooks or module._forward_pre_hooks
-        if op is None or hooks or len(node.args) + len(node.kwargs) != 1:
+        args = _given(op, module, node) if op is not None else ()
+        if op is None or hooks or not args:
             why = "it carries forward hooks" if hooks else _no_form(module)
             editor.note_values(node, opaque=why, value=_held(node))
             return
-        args = (*node.args, *node.kwargs.values())
         if op.target is None:
             editor.note_values(node, value="tensor")
             if node.kwargs:
@@ -81,8 +85,7 @@ class Canonicalize(Pass):
                     editor.set_call(node, node.target, args, {})
             return
         if getattr(module, "return_indices", False):
-            editor.note_values(node, opaque="it returns indices", value="unknown")
-            return
+            op = op_named(f"{op.name}{WITH_INDICES}")
         call = _settle(Call(op, module_arguments(op, module, args), inplace=False))
         if isinstance(call, Unreadable):
             editor.note_values(node, opaque=call.reason, value="unknown")
@@ -100,16 +103,16 @@ class Canonicalize(Pass):
             _attribute(editor, node)
             return
         found = (
-            function_spelling(node.target)
+            function_spellings(node.target)
             if node.op == "call_function"
-            else method_spelling(str(node.target))
+            else method_spellings(str(node.target))
         )
-        if found is None:
+        if not found:
             name = getattr(node.target, "__name__", node.target)
             why = f"the op table does not know {name}"
             editor.note_values(node, opaque=why, value=_held(node))
             return
-        call = bind(*found, tuple(node.args), node.kwargs)
+        call = _read(found, node)
         if isinstance(call, Call):
             call = _settle(_divide(editor, node, call))
         if isinstance(call, Unreadable):
@@ -120,6 +123,23 @@ class Canonicalize(Pass):
             editor.note_values(node, opaque=why, value="unknown")
             return
         _respell(editor, node, call)
+
+
+def _read(found: tuple[tuple[Op, Spelling], ...], node: Node) -> Call | Unreadable:
+    """The call, by the first spelling that its arguments fit."""
+    calls = [bind(*spelled, tuple(node.args), node.kwargs) for spelled in found]
+    return next((call for call in calls if isinstance(call, Call)), calls[0])
+
+
+def _given(op: Op, module: nn.Module, node: Node) -> tuple[Any, ...]:
+    """What a module is called with, in order; nothing if that is more than a canonical call says."""
+    if len(node.args) + len(node.kwargs) == 1:
+        return (*node.args, *node.kwargs.values())
+    names = list(inspect.signature(module.forward).parameters)
+    if op.target is None or not set(names) <= set(op.signature.parameters):
+        return ()
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return tuple(given.get(name) for name in names)
 
 
 def _divide(editor: Editor, node: Node, call: Call) -> Call:
@@ -176,13 +196,16 @@ def _note_number(editor: Editor, node: Node) -> None:
 
 
 def _attribute(editor: Editor, node: Node) -> None:
-    """``x.shape`` is ``size(x)``; ``x.dtype`` and the like are facts, not tensors."""
+    """``x.shape`` is ``size(x)``, ``x.mT`` a transpose; ``x.dtype`` and the like are facts."""
     source, name = node.args[0], str(node.args[1])
-    if name in _QUESTIONS:
-        op = op_named(_QUESTIONS[name])
-        options = {option: op.signature.parameters[option].default for option in op.options}
-        _respell(editor, node, Call(op, {"input": source, **options}, inplace=False))
-    elif name in _PLAIN_FACTS:
+    for op, spelling in attribute_spellings(name):
+        call = bind(op, spelling, (source,), {})
+        parts = isinstance(source, Node) and info(source).value == "tensors"
+        # `.values` of what torch.sort gives is one of its parts; of a sparse tensor it is not.
+        if isinstance(call, Call) and (op.name != "getitem" or parts):
+            _respell(editor, node, call)
+            return
+    if name in _PLAIN_FACTS:
         editor.note_values(node, value="scalar")
     else:
         why = f"the op table does not know .{name}"
@@ -194,6 +217,8 @@ def _settle(call: Call) -> Call | Unreadable:
     op, given = call.op, call.arguments
     first = given[op.tensors[0]]
     if op.tensors == ("tensors",):
+        if isinstance(first, Node) and info(first).value == "tensors":
+            return call  # torch.cat(x.chunk(2))
         parts = first if isinstance(first, tuple | list) else ()
         if not parts or not all(isinstance(part, Node) for part in parts):
             return Unreadable(f"{op.name} of something that is not a list of tensors")
@@ -203,6 +228,9 @@ def _settle(call: Call) -> Call | Unreadable:
         if given.get("alpha", 1) != 1 or not _is_tensor(other):
             return Unreadable(f"{op.name} of two numbers, or with a scaled constant")
         return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
+    if op.name == "where" and not _is_tensor(first) and _is_tensor(given["other"]):
+        filled = {"input": given["other"], "mask": given["condition"], "value": first}
+        return Call(op_named("masked_fill"), filled, call.inplace)
     reversed_ = _REVERSED.get(op.name)
     if not _is_tensor(first) and reversed_ is not None and _is_tensor(given[reversed_[0]]):
         return Call(op_named(reversed_[1]), reversed_[2](given), call.inplace)
@@ -241,7 +269,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _value_kind(node: Node, op: Op, arguments: Mapping[str, Any]) -> ValueKind:
-    if op.kind is Kind.SPLIT:
+    if op.kind in (Kind.SPLIT, Kind.PICK):
         return "tensors"
     if op.kind is Kind.SHAPE:
         return "sizes" if op.name == "size" and arguments["dim"] is None else "scalar"
@@ -262,6 +290,7 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
         _forward(editor, node)
         return
     kind = _value_kind(node, op, given)
+    given = {name: _written_out(editor, node, value) for name, value in given.items()}
     if op.name in _DIM_OR_NOT and given["dim"] is None:
         given = {"input": given["input"]}
     tensors = tuple(given[name] for name in op.tensors)
@@ -277,6 +306,16 @@ def _respell(editor: Editor, node: Node, call: Call) -> None:
     editor.note_values(node, value=kind)
 
 
+def _written_out(editor: Editor, node: Node, value: Any) -> Any:
+    """The shape of a tensor as a call of ``size``."""
+    if not isinstance(value, SizeOf):
+        return value
+    with editor.rule("canonicalize"):
+        size = editor.call(op_named("size"), (value.tensor,), like=node, before=node)
+    editor.note_values(size, value="sizes")
+    return size
+
+
 _DIM_OR_NOT: Final = ("size", "squeeze")
 """Ops whose ``dim`` may be left out but not given as ``None``."""
 
@@ -286,6 +325,9 @@ _POSITIONAL: Final = (
     tensor_methods.dim,
     tensor_methods.expand,
     tensor_methods.repeat,
+    tensor_methods.unfold,
+    torch.tensor_split,
+    torch.hsplit,
 )
 
 
@@ -295,7 +337,35 @@ def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
         return all(part == slice(None) for part in (index if isinstance(index, tuple) else (index,)))
     if op.name == "dropout":
         return given["training"] is False or given["p"] == 0
-    return op.name in ("contiguous", "clone")
+    if op.name == "cast":
+        return _keeps_float32(given)
+    return op.name in ("contiguous", "clone", "detach")
+
+
+def _keeps_float32(given: Mapping[str, Any]) -> bool:
+    """``x.float()``, ``x.to(y)``, ``x.to(y.dtype)`` of float32 tensors on the processor."""
+    source, dtype, like = given["input"], given["dtype"], given["like"]
+    if not isinstance(source, Node) or not is_float32(source):
+        return False
+    if isinstance(like, Node):
+        # A fact: x.to(y.dtype), x.to(y.device)
+        like = like.args[0] if info(like).value == "scalar" else like
+        if not isinstance(like, Node) or not is_float32(like):
+            return False
+    elif not (dtype is None or dtype == torch.float32 or _dtype_of_float32(dtype)):
+        return False
+    return _stays(given["device"])
+
+
+def _dtype_of_float32(dtype: Any) -> bool:
+    source = dtype.args[0] if isinstance(dtype, Node) and dtype.args else None
+    return isinstance(source, Node) and is_float32(source)
+
+
+def _stays(device: Any) -> bool:
+    if device is None or isinstance(device, Node):
+        return True
+    return torch.device(device).type == "cpu"
 
 
 def _keeps_memory_apart(node: Node, op: Op) -> bool:

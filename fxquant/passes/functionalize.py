@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.op_table import function_spelling, method_spelling, module_of, module_op
+from fxquant.graph.op_table import attribute_spellings, function_spelling, method_spelling, module_of, module_op
 from fxquant.graph.table_aten import may_alias, writes_first
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import positions
@@ -92,7 +92,9 @@ class _Memory:
 
 
 def _is_view(node: Node) -> bool:
-    if node.op == "call_function":
+    if node.op == "call_function" and node.target is getattr:
+        found = next(iter(attribute_spellings(str(node.args[1]))), None)
+    elif node.op == "call_function":
         found = function_spelling(node.target)
     elif node.op == "call_method":
         found = method_spelling(str(node.target))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.fills import fill_of
 from fxquant.graph.flow import Flow, root_of, wanted_int8
 from fxquant.graph.info import info
 from fxquant.graph.macs import shapes_needed
@@ -71,6 +72,12 @@ def sites(editor: Editor) -> dict[Node, QSpec]:
             found.setdefault(root_of(edge.source), config.activation)
         if flow.read_as_codes(unit.output):
             found.setdefault(unit.output, config.result or config.activation)
+    for unit in flow.int8_units():
+        config = info(unit.head).config
+        # Should no code stand for the constant that it puts in, its readers need its range.
+        if fill_of(unit.output) and flow.read_as_codes(unit.output) and config is not None:
+            if config.activation is not None:
+                found.setdefault(unit.output, config.result or config.activation)
     for value in found:
         config = info(value).config
         if wanted_int8(value) and config is not None and config.result is not None:

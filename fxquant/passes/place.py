@@ -17,12 +17,12 @@ from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import Flow, root_of, wanted_int8
+from fxquant.graph.flow import Flow, gives_indices, root_of, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.verify import Stage
-from fxquant.graph.view import Unit, what
+from fxquant.graph.view import Unit, tensor_sources, what
 from fxquant.lazy import lazy_module
 from fxquant.passes.base import Pass
 
@@ -54,7 +54,12 @@ class Place(Pass):
         """Cut each region of undecided units by itself: fixed units separate regions."""
         flow = Flow(editor.graph)
         for unit in reversed(list(flow.int8_units())):
-            if not _is_fixed(unit) and info(unit.output).qtype is None:
+            if _is_fixed(unit):
+                continue
+            if gives_indices(unit.output):
+                if any(info(root_of(edge.source)).qtype is None for edge in unit.inputs):
+                    self._demote(editor, unit, "its input is float")
+            elif info(unit.output).qtype is None:
                 self._demote(editor, unit, "nothing reads its result as codes")
         free = {unit.output: unit for unit in flow.int8_units() if not _is_fixed(unit)}
         for region in _regions(free, flow):
@@ -111,7 +116,8 @@ class _Cut:
         for output, unit in self._region.items():
             self._weigh(output, unit)
             values.update(dict.fromkeys([e.source for e in unit.inputs]))
-            values[output] = None
+            if not gives_indices(output):
+                values[output] = None
         for value in values:
             self._convert(value)
         _, (_, sink_side) = nx.minimum_cut(self._net, _CODES, _FLOAT)
@@ -150,6 +156,8 @@ class _Cut:
         self._edge(codes, maker, self._costs.quantize.of(size))
         self._edge(maker, real, leave)
         for user in value.users:
+            if gives_indices(user) or (op_of(user) and value not in tensor_sources(user)):
+                continue  # indices are read in either form; masks and indices are no codes
             reader = self._reader(user)
             if info(value).value == "tensors" and reader is not None and reader != maker:
                 # Nothing can stand between a split and what takes its parts.

@@ -16,8 +16,9 @@ import torch
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.fills import outside
 from fxquant.graph.flow import Flow, is_join, moves_codes, root_of, wanted_int8
-from fxquant.graph.info import QType, info
+from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes, tensor_sources
 from fxquant.numerics.qparams import choose_qparams
@@ -78,6 +79,7 @@ class ShareScales(Pass):
 
     def run(self, editor: Editor) -> None:
         """Build the groups join by join, in graph order, then write their scales."""
+        self._refuse_fills(editor)
         groups = _Groups({}, {}, {})
         for unit in Flow(editor.graph).int8_units():
             node = unit.output
@@ -96,6 +98,16 @@ class ShareScales(Pass):
             if sizes[groups.find(node)] > 1:
                 self._write(editor, node, groups)
         self._inherit(editor)
+
+    @staticmethod
+    def _refuse_fills(editor: Editor) -> None:
+        """A constant without a code of its own sends the move that puts it in back to float."""
+        for node in editor.graph.nodes:
+            qtype = info(root_of(node)).qtype if wanted_int8(node) else None
+            why = outside(node, qtype) if qtype is not None else None
+            if why is not None:
+                with editor.rule("leave-float"):
+                    editor.annotate(node, decision=Decision(False, why, "share-scales"))
 
     @staticmethod
     def _write(editor: Editor, node: Node, groups: _Groups) -> None:

@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxquant.backends.x86_moves import MaxPool2dCodes, ThroughFloat
 from fxquant.backends.x86_ops import NormCodes, PairCodes, TableCodes
+from fxquant.backends.x86_pools import AdaptiveMaxPoolCodes, MaxPoolCodes
 from fxquant.backends.x86_reduce import AverageCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.lut import make_table
@@ -242,7 +242,7 @@ POOLS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", POOLS, ids=str)
 def test_max_pool_is_exact(options: dict[str, Any], dtype: Callable[..., QType]) -> None:
     full = pool_options(**options)
-    op = MaxPool2dCodes(full)
+    op = MaxPoolCodes(2, full)
     for shape in ((2, 3, 9, 11), (1, 65, 17, 16), (3, 18, 20)):
         codes = some_codes(*shape, qtype=dtype())
         wanted = F.max_pool2d(codes.double(), **full)
@@ -254,34 +254,39 @@ def test_max_pool_of_only_the_smallest_code() -> None:
     """Padding must not win over any code."""
     for dtype, lowest in ((torch.uint8, 0), (torch.int8, -128)):
         codes = torch.full((1, 1, 4, 4), lowest, dtype=dtype)
-        op = MaxPool2dCodes(pool_options(kernel_size=3, stride=1, padding=1))
+        op = MaxPoolCodes(2, pool_options(kernel_size=3, stride=1, padding=1))
         assert torch.equal(op(codes), codes)
 
 
 def test_max_pool_layouts_and_empty() -> None:
-    op = MaxPool2dCodes(pool_options(kernel_size=3, stride=2, padding=1))
+    op = MaxPoolCodes(2, pool_options(kernel_size=3, stride=2, padding=1))
     codes = some_codes(3, 4, 9, 9)
     assert_layout_is_no_matter(op, codes)
     assert op(codes[:0]).shape == (0, 4, 5, 5)
 
 
-THROUGH: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+OTHER_POOLS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("max_pool1d", pool_options(kernel_size=3, padding=1), (2, 5, 33)),
     ("max_pool3d", pool_options(kernel_size=2, dilation=2), (2, 3, 6, 7, 8)),
     ("max_pool3d", pool_options(kernel_size=3, stride=2, ceil_mode=True), (2, 3, 6, 7, 8)),
     ("adaptive_max_pool1d", {"output_size": 4}, (2, 5, 33)),
     ("adaptive_max_pool2d", {"output_size": (3, 2)}, (2, 5, 9, 11)),
     ("adaptive_max_pool3d", {"output_size": 2}, (2, 3, 5, 6, 7)),
+    ("adaptive_max_pool1d", {"output_size": 4}, (2, 5, 32)),
+    ("adaptive_max_pool2d", {"output_size": (3, None)}, (2, 5, 9, 11)),
+    ("adaptive_max_pool2d", {"output_size": 1}, (5, 9, 11)),
+    ("adaptive_max_pool3d", {"output_size": 2}, (2, 3, 4, 6, 8)),
 )
 
 
-@pytest.mark.parametrize(("name", "options", "shape"), THROUGH)
-def test_selections_through_float_are_exact(
+@pytest.mark.parametrize(("name", "options", "shape"), OTHER_POOLS)
+def test_pools_of_other_ranks_are_exact(
     name: str, options: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     codes = some_codes(*shape)
     wanted = getattr(F, name)(codes.double(), **options)
-    op = ThroughFloat(name, options)
+    make = AdaptiveMaxPoolCodes if name.startswith("adaptive") else MaxPoolCodes
+    op = make(int(name[-2]), options)
     assert torch.equal(op(codes).double(), wanted)
     assert op(codes).dtype == codes.dtype
     assert_layout_is_no_matter(op, codes)
@@ -355,8 +360,8 @@ def every_op() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
         "pair": (PairCodes("mul", True, uint8(), uint8(), uint8(0.1, 3)), (image, image)),
         "norm": (NormCodes(torch.randn(6), torch.randn(6), uint8(), uint8(), True), (image,)),
         "table": (TableCodes(table, "mirror", uint8()), (image,)),
-        "max pool": (MaxPool2dCodes(pool_options()), (image,)),
-        "selection": (ThroughFloat("adaptive_max_pool2d", {"output_size": 2}), (image,)),
+        "max pool": (MaxPoolCodes(2, pool_options()), (image,)),
+        "selection": (AdaptiveMaxPoolCodes(2, {"output_size": 2}), (image,)),
         "average": (AverageCodes("avg_pool2d", avg_options(), uint8(), uint8()), (image,)),
     }
 
@@ -402,5 +407,5 @@ def test_max_pool_of_codes_is_that_of_floats(
         codes = codes.contiguous(memory_format=torch.channels_last)
     kept = codes.clone()
     wanted = torch.nn.functional.max_pool2d(codes.float(), **options)
-    assert torch.equal(MaxPool2dCodes(options)(codes).float(), wanted)
+    assert torch.equal(MaxPoolCodes(2, options)(codes).float(), wanted)
     assert torch.equal(codes, kept)

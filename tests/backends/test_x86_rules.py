@@ -197,15 +197,19 @@ POOLS: Final[dict[str, Op]] = {
     "mean": Op(lambda m, y, z: y.mean((2, 3)), "AverageCodes"),
     "mean keepdim": Op(lambda m, y, z: y.mean(dim=[2, 3], keepdim=True), "AverageCodes"),
     "mean of one": Op(lambda m, y, z: torch.mean(y, -1), "AverageCodes"),
-    "max_pool1d": Op(lambda m, y, z: F.max_pool1d(y, 3, padding=1), "ThroughFloat", LINE),
-    "max_pool2d": Op(lambda m, y, z: F.max_pool2d(y, 2), "MaxPool2dCodes"),
-    "max_pool2d padded": Op(lambda m, y, z: F.max_pool2d(y, 3, 2, padding=1), "MaxPool2dCodes"),
-    "max_pool2d dilated": Op(lambda m, y, z: F.max_pool2d(y, 3, 1, 0, 2), "MaxPool2dCodes"),
-    "max_pool2d ceil": Op(lambda m, y, z: F.max_pool2d(y, 3, 2, ceil_mode=True), "MaxPool2dCodes"),
-    "max_pool3d": Op(lambda m, y, z: F.max_pool3d(y, 2), "ThroughFloat", CUBE),
-    "adaptive_max_pool1d": Op(lambda m, y, z: F.adaptive_max_pool1d(y, 7), "ThroughFloat", LINE),
-    "adaptive_max_pool2d": Op(lambda m, y, z: F.adaptive_max_pool2d(y, 3), "ThroughFloat"),
-    "adaptive_max_pool3d": Op(lambda m, y, z: F.adaptive_max_pool3d(y, 2), "ThroughFloat", CUBE),
+    "max_pool1d": Op(lambda m, y, z: F.max_pool1d(y, 3, padding=1), "MaxPoolCodes", LINE),
+    "max_pool2d": Op(lambda m, y, z: F.max_pool2d(y, 2), "MaxPoolCodes"),
+    "max_pool2d padded": Op(lambda m, y, z: F.max_pool2d(y, 3, 2, padding=1), "MaxPoolCodes"),
+    "max_pool2d dilated": Op(lambda m, y, z: F.max_pool2d(y, 3, 1, 0, 2), "MaxPoolCodes"),
+    "max_pool2d ceil": Op(lambda m, y, z: F.max_pool2d(y, 3, 2, ceil_mode=True), "MaxPoolCodes"),
+    "max_pool3d": Op(lambda m, y, z: F.max_pool3d(y, 2), "MaxPoolCodes", CUBE),
+    "adaptive_max_pool1d": Op(
+        lambda m, y, z: F.adaptive_max_pool1d(y, 7), "AdaptiveMaxPoolCodes", LINE
+    ),
+    "adaptive_max_pool2d": Op(lambda m, y, z: F.adaptive_max_pool2d(y, 3), "AdaptiveMaxPoolCodes"),
+    "adaptive_max_pool3d": Op(
+        lambda m, y, z: F.adaptive_max_pool3d(y, 2), "AdaptiveMaxPoolCodes", CUBE
+    ),
 }
 
 MOVES: Final[dict[str, Op]] = {
@@ -236,14 +240,16 @@ MOVES: Final[dict[str, Op]] = {
     "pad replicate": Op(lambda m, y, z: F.pad(y, (1, 2, 2, 1), mode="replicate"), "pad"),
     "pad circular": Op(lambda m, y, z: F.pad(y, (1, 2, 2, 1), mode="circular"), "pad"),
     "pad negative": Op(lambda m, y, z: F.pad(y, (-1, 2)), "pad"),
-    "pixel_shuffle": Op(lambda m, y, z: F.pixel_shuffle(y, 2), "pixel_shuffle"),
-    "pixel_unshuffle": Op(lambda m, y, z: F.pixel_unshuffle(y, 2), "pixel_unshuffle"),
+    "pixel_shuffle": Op(lambda m, y, z: F.pixel_shuffle(y, 2), "pixel_shuffle_codes"),
+    "pixel_unshuffle": Op(lambda m, y, z: F.pixel_unshuffle(y, 2), "pixel_unshuffle_codes"),
     "channel_shuffle": Op(lambda m, y, z: F.channel_shuffle(y, 4), "channel_shuffle"),
     "nearest": Op(lambda m, y, z: F.interpolate(y, scale_factor=2), "interpolate"),
     "nearest to size": Op(lambda m, y, z: F.interpolate(y, size=(7, 13)), "interpolate"),
     "nearest-exact": Op(
         lambda m, y, z: F.interpolate(y, size=(7, 13), mode="nearest-exact"), "interpolate"
     ),
+    "cat of chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 2), 1), "cat"),
+    "stack of parts": Op(lambda m, y, z: torch.stack(y.unbind(2), 2), "stack"),
     "chunk": Op(lambda m, y, z: y.chunk(2, 1)[1], "getitem"),
     "split": Op(lambda m, y, z: torch.split(y, [3, 5], 1)[1], "getitem"),
     "split in equal parts": Op(lambda m, y, z: y.split(3, 2)[0], "getitem"),
@@ -257,8 +263,6 @@ MOVES: Final[dict[str, Op]] = {
 
 IN_FLOAT: Final[dict[str, Op]] = {
     "unknown": Op(lambda m, y, z: torch.cumsum(y, 1), "float"),
-    "cat of chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 2), 1), "float"),
-    "stack of parts": Op(lambda m, y, z: torch.stack(y.unbind(2), 2), "float"),
     "reversed chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 1)[::-1], 1), "float"),
     "spread": Op(lambda m, y, z: y.var(1, keepdim=True), "float"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from tests.graph.spelling import Case, Spelled
@@ -64,8 +65,14 @@ AVERAGES: Final[dict[str, Case]] = {
         )
     },
     "sum": Case(options={"dim": (1, 2), "keepdim": True}),
-    "amax": Case(options={"dim": (1, 2), "keepdim": True}),
-    "amin": Case(options={"dim": (1, 2), "keepdim": True}),
+    "amax": Case(
+        options={"dim": (1, 2), "keepdim": True},
+        only={key: {"dim": (), "keepdim": False} for key in (torch.max, "max")},
+    ),
+    "amin": Case(
+        options={"dim": (1, 2), "keepdim": True},
+        only={key: {"dim": (), "keepdim": False} for key in (torch.min, "min")},
+    ),
     "var": Case(options={"dim": (1, 2), "unbiased": False, "keepdim": True}),
     "std": Case(options={"dim": (1, 2), "unbiased": False, "keepdim": True}),
     "logsumexp": Case(options={"dim": (1, 2), "keepdim": True}),

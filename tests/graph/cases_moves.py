@@ -1,49 +1,104 @@
-"""Spelling cases: views, moves, joins, splits and max pools."""
+"""Spelling cases: moves, padding and max pools."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tests.graph.spelling import Case, Spelled
+from tests.graph.spelling import Case, Spelled, Unpooled
 
 
-def _max_pool(rank: int, make: Callable[..., nn.Module]) -> Case:
+def _max_pool(rank: int, make: Callable[..., nn.Module], indices: bool = False) -> Case:
     given = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": True}
-    return Case((2, 4) + (8,) * rank, given, (Spelled(lambda: make(**given)),))
+    modules = () if indices else (Spelled(lambda: make(**given)),)
+    target = getattr(F, f"max_pool{rank}d")
+    asked = {target: {**given, "return_indices": True}} if indices else {}
+    return Case((2, 4) + (8,) * rank, given, modules, says=asked)
+
+
+def _pads() -> tuple[Spelled, ...]:
+    """Every padding module, on inputs of its rank."""
+    found = []
+    for rank in (1, 2, 3):
+        sides, shape = (1, 2) * rank, (2, 4) + (5,) * rank
+        for word in ("Zero", "Constant", "Reflection", "Replication", "Circular"):
+            make = getattr(nn, f"{word}Pad{rank}d")
+            given = (sides, 0.5) if word == "Constant" else (sides,)
+            mode = {"Zero": "constant", "Reflection": "reflect", "Replication": "replicate"}
+            value = {"Zero": 0.0, "Constant": 0.5}.get(word)
+            wanted = {"pad": sides, "mode": mode.get(word, word.lower()), "value": value}
+            found.append(Spelled(functools.partial(make, *given), shape, wanted))
+    return tuple(found)
 
 
 def _pooled(make: Callable[..., nn.Module]) -> Spelled:
     return Spelled(lambda: make(3))
 
 
+def _unpool(rank: int, make: Callable[..., nn.Module]) -> Case:
+    """Values 2 apart, in the order they have in memory."""
+    count = 3**rank
+    row = torch.arange(count) * 2
+    indices = row.reshape((1, 1) + (3,) * rank).expand((2, 4) + (3,) * rank).contiguous()
+    given = {"indices": indices, "kernel_size": 3, "stride": 2, "padding": 0}
+    return Case(
+        (2, 4) + (3,) * rank,
+        {**given, "output_size": None},
+        (Spelled(lambda: Unpooled(make(3, 2), indices)),),
+    )
+
+
+_LIKE: Final = torch.zeros(1)
+
 MOVES: Final[dict[str, Case]] = {
-    "reshape": Case(options={"shape": (2, 24)}),
-    "flatten": Case(
-        shape=(2, 3, 2, 2),
-        options={"start_dim": 1, "end_dim": 2},
-        modules=(Spelled(lambda: nn.Flatten(1, 2)),),
-    ),
-    "permute": Case(options={"dims": (0, 2, 1)}),
-    "transpose": Case(options={"dim0": 1, "dim1": 2}),
-    "squeeze": Case(shape=(2, 1, 6), options={"dim": 1}),
-    "unsqueeze": Case(options={"dim": 1}),
-    "unflatten": Case(options={"dim": 2, "sizes": (2, 3)}),
-    "movedim": Case(options={"source": 0, "destination": -2}),
-    "expand": Case(shape=(2, 1, 6), options={"size": (2, 4, 6)}),
-    "narrow": Case(options={"dim": 2, "start": 1, "length": 3}),
-    "select": Case(options={"dim": 2, "index": 3}),
-    "getitem": Case(options={"index": (slice(None), slice(1, 3))}),
-    "contiguous": Case(gone=True),
     "repeat": Case(options={"repeats": (1, 2, 1)}),
-    "flip": Case(options={"dims": (1,)}),
-    "roll": Case(options={"shifts": 2, "dims": 1}),
+    "tile": Case(options={"dims": (2, 1)}),
+    "repeat_interleave": Case(options={"repeats": 2, "dim": 1}),
+    "flip": Case(
+        options={"dims": (1, -1)},
+        only={
+            **{key: {"dims": (1,)} for key in (torch.fliplr, "fliplr")},
+            **{key: {"dims": (0,)} for key in (torch.flipud, "flipud")},
+        },
+    ),
+    "rot90": Case(options={"k": 3, "dims": (1, 2)}),
+    "roll": Case(options={"shifts": (2, -1), "dims": (1, -1)}),
+    "tril": Case(options={"diagonal": -1}),
+    "triu": Case(options={"diagonal": 1}),
     "index_select": Case(options={"dim": 1, "index": torch.tensor([2, 0])}),
-    "clone": Case(gone=True),
-    "pad": Case(options={"pad": (1, 2), "mode": "constant", "value": None}),
+    "gather": Case(options={"dim": -1, "index": torch.randint(6, (2, 4, 3))}),
+    "take_along_dim": Case(options={"indices": torch.randint(6, (2, 4, 3)), "dim": -1}),
+    "take": Case(options={"index": torch.tensor([[3, 41], [7, 0]])}),
+    "masked_select": Case(options={"mask": torch.rand(2, 4, 6) > 0.5}),
+    "masked_fill": Case(options={"mask": torch.rand(4, 6) > 0.5, "value": 0.25}),
+    "index_fill": Case(options={"dim": -2, "index": torch.tensor([2, 0]), "value": 0.25}),
+    "cast": Case(
+        options={"dtype": torch.float32, "device": None, "like": None},
+        says={"to": {"targets": (torch.float32,)}, "type_as": {"other": _LIKE}},
+        only={
+            "cpu": {"dtype": None, "device": "cpu", "like": None},
+            "type_as": {"dtype": None, "device": None, "like": _LIKE},
+        },
+    ),
+    "pad": Case(
+        options={"pad": (1, 2), "mode": "constant", "value": 0.25},
+        modules=_pads(),
+    ),
+    "im2col": Case(
+        (2, 4, 7, 6),
+        {"kernel_size": (3, 2), "dilation": (1, 2), "padding": 1, "stride": (2, 1)},
+        (Spelled(lambda: nn.Unfold((3, 2), (1, 2), 1, (2, 1))),),
+    ),
+    "fold": Case(
+        (2, 12, 12),
+        {"output_size": (4, 5), "kernel_size": 2, "dilation": 1, "padding": 0, "stride": 1},
+        (Spelled(lambda: nn.Fold((4, 5), 2)),),
+    ),
     "pixel_shuffle": Case(
         shape=(2, 4, 3, 3),
         options={"upscale_factor": 2},
@@ -57,17 +112,13 @@ MOVES: Final[dict[str, Case]] = {
     "channel_shuffle": Case(
         shape=(2, 4, 4, 4), options={"groups": 2}, modules=(Spelled(lambda: nn.ChannelShuffle(2)),)
     ),
-    "cat": Case(options={"dim": 1}, joins=2),
-    "stack": Case(options={"dim": 1}, joins=2),
-    "chunk": Case(options={"chunks": 2, "dim": 1}),
-    "split": Case(options={"split_size_or_sections": [1, 3], "dim": 1}),
-    "unbind": Case(options={"dim": 1}),
-    "size": Case(options={"dim": 1}),
-    "dim": Case(),
-    "numel": Case(),
     "max_pool1d": _max_pool(1, nn.MaxPool1d),
     "max_pool2d": _max_pool(2, nn.MaxPool2d),
     "max_pool3d": _max_pool(3, nn.MaxPool3d),
+    **{
+        f"max_pool{rank}d_with_indices": _max_pool(rank, make, indices=True)
+        for rank, make in ((1, nn.MaxPool1d), (2, nn.MaxPool2d), (3, nn.MaxPool3d))
+    },
     **{
         f"adaptive_{kind}_pool{rank}d": Case(
             (2, 4) + (6,) * rank, {"output_size": 3}, (_pooled(make),)
@@ -78,4 +129,17 @@ MOVES: Final[dict[str, Case]] = {
             ("max", 3, nn.AdaptiveMaxPool3d),
         )
     },
+    **{
+        f"adaptive_max_pool{rank}d_with_indices": Case(
+            (2, 4) + (6,) * rank,
+            {"output_size": 3},
+            says={
+                getattr(F, f"adaptive_max_pool{rank}d"): {"output_size": 3, "return_indices": True}
+            },
+        )
+        for rank in (1, 2, 3)
+    },
+    "max_unpool1d": _unpool(1, nn.MaxUnpool1d),
+    "max_unpool2d": _unpool(2, nn.MaxUnpool2d),
+    "max_unpool3d": _unpool(3, nn.MaxUnpool3d),
 }

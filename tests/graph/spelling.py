@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -39,10 +39,11 @@ class Case:
         above_one: inputs lie in 1.1 to 1.9.
         gone: canonical form drops the call.
         joins: how many tensors a join takes.
-        only: function or method to the options that it can say.
+        only: function, method or ".attribute" to the options that it can say.
         shapes: function or method to the input shape that it takes.
         partners: function or method to the shape of its second input, where that is another.
         held: function or method to the shapes of its parameters, where those are others.
+        says: function or method to its own arguments, where those are not canonical ones.
     """
 
     shape: Shape = (2, 4, 6)
@@ -57,3 +58,23 @@ class Case:
     shapes: dict[Any, Shape] = field(default_factory=dict)
     partners: dict[Any, Shape] = field(default_factory=dict)
     held: dict[Any, dict[str, Shape]] = field(default_factory=dict)
+    says: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+
+class Unpooled(nn.Module):
+    """A max unpool whose indices are known.
+
+    Args:
+        part: the unpool.
+        indices: int64.
+    """
+
+    indices: Tensor
+
+    def __init__(self, part: nn.Module, indices: Tensor) -> None:
+        super().__init__()
+        self.part = part
+        self.register_buffer("indices", indices)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.part(input, self.indices)

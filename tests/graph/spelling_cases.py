@@ -11,7 +11,15 @@ from tests.graph.cases_averages import AVERAGES
 from tests.graph.cases_matmul import MATMULS
 from tests.graph.cases_moves import MOVES
 from tests.graph.cases_pointwise import POINTWISE
+from tests.graph.cases_views import VIEWS
 from tests.graph.cases_weights import WEIGHTS
 from tests.graph.spelling import Case
 
-CASES: Final[dict[str, Case]] = {**WEIGHTS, **POINTWISE, **MATMULS, **MOVES, **AVERAGES}
+CASES: Final[dict[str, Case]] = {
+    **WEIGHTS,
+    **POINTWISE,
+    **MATMULS,
+    **VIEWS,
+    **MOVES,
+    **AVERAGES,
+}

@@ -311,7 +311,6 @@ def test_functional_layers_become_modules_that_own_the_users_parameters() -> Non
         (lambda m, x: torch.cumsum(x, 1), "the op table does not know cumsum"),
         (lambda m, x: m.custom(x), "no int8 form of CrossMapLRN2d known"),
         (lambda m, x: m.hooked(x), "forward hooks"),
-        (lambda m, x: m.indices(x)[0], "returns indices"),
         (lambda m, x: F.softmax(x), "softmax"),
         (lambda m, x: m.softmax(x), "without dim"),
         (lambda m, x: x.view(torch.int32), "other bits"),

@@ -1,0 +1,60 @@
+"""Which values are float32, as far as that follows from the graph alone; nothing is run."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch.fx import Node
+
+from fxquant.graph.op_table import module_of, op_of
+from fxquant.graph.ops import Kind
+from fxquant.graph.view import tensor_sources
+
+_FOLLOWS: Final = (Kind.UNARY, Kind.MOVE, Kind.JOIN, Kind.ARITH, Kind.SPLIT, Kind.FLOAT)
+
+
+def is_float32(value: Node) -> bool:
+    """Whether ``value`` is known to be a float32 tensor.
+
+    Layers with float32 weights make float32; moves and arithmetic keep what they read. An input
+    of the model may be of any type.
+    """
+    todo, seen = [value], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        known = _makes_float32(node)
+        if known is False:
+            return False
+        if known is None:
+            todo.extend(tensor_sources(node))
+    return True
+
+
+def _makes_float32(node: Node) -> bool | None:
+    """``None`` if it makes what it reads."""
+    if node.op == "get_attr":
+        return _is_real(_held(node))
+    op = op_of(node)
+    if op is None:
+        return False
+    if node.op == "call_module":
+        weights = list(module_of(node).parameters(recurse=False))
+        return all(_is_real(weight) for weight in weights) if weights else None
+    if op.name == "cast":
+        return bool(node.kwargs["dtype"] == torch.float32)
+    return None if op.kind in _FOLLOWS and tensor_sources(node) else False
+
+
+def _is_real(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+
+
+def _held(node: Node) -> Any:
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part, None)
+    return owner
