@@ -76,6 +76,7 @@ _NOT_BARE = {
     "roll": "several shifts take dimensions",
     "dropout": "it is active by default",
     "cast": "it says what to make",
+    "attention_mask": "it takes at least one mask",
     "tensor_split": "its sections have several names",
     "hsplit": "its sections have several names",
     "logit": "without eps the inputs outside 0 to 1 give NaN, equal to nothing",
