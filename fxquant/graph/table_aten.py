@@ -163,6 +163,7 @@ _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "logsigmoid": ("log_sigmoid",),
     "size": ("sym_size",),
     "numel": ("sym_numel",),
+    "fold": ("col2im",),
 }
 
 
@@ -205,6 +206,17 @@ def _indexed(given: Arguments) -> Arguments:
     return {"input": given["input"], "index": places[0] if len(places) == 1 else places}
 
 
+def _cut_at(name: str) -> Callable[[Arguments], Arguments]:
+    """Sections and indices are one argument of a canonical split."""
+
+    def read(given: Arguments) -> Arguments:
+        rest = dict(given)
+        value = rest.pop(name)
+        return {**rest, "indices_or_sections": tuple(value) if isinstance(value, list) else value}
+
+    return read
+
+
 def _interpolated(mode: str, aligns: bool) -> Callable[[Arguments], Arguments]:
     def read(given: Arguments) -> Arguments:
         factors = given["scale_factors"]
@@ -243,6 +255,14 @@ _OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
                 "dims": (given["own"], given["others"]),
             },
         ),
+    ),
+    "tensor_split": (
+        (_ATEN.tensor_split.sections, lambda input, sections, dim=0: None, _cut_at("sections")),
+        (_ATEN.tensor_split.indices, lambda input, indices, dim=0: None, _cut_at("indices")),
+    ),
+    "hsplit": (
+        (_ATEN.hsplit.int, lambda input, sections: None, _cut_at("sections")),
+        (_ATEN.hsplit.array, lambda input, indices: None, _cut_at("indices")),
     ),
     "power_of": (
         (

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from fxquant.graph.export import export_graph
 from fxquant.graph.info import info
 from fxquant.graph.op_table import function_spelling, op_named
+from fxquant.graph.ops import Kind
 from fxquant.graph.table_aten import may_alias, writes_first
 from fxquant.graph.view import what
 from fxquant.passes.canonicalize import Canonicalize
@@ -33,13 +34,15 @@ _IN_PARTS: Final = {
     "tensordot": "tensordot",  # with both lists of dimensions written out
     "select": "getitem",
     "dim": "",
+    "max_unpool1d": "unsqueeze unsqueeze max_unpool2d.default squeeze",
+    "max_unpool2d": "max_unpool2d.default",
+    "max_unpool3d": "max_unpool3d.default",
+    "masked_select": "masked_select ge check_value",  # how many there are is asserted
     "lp_pool1d": "pow avg_pool1d sign abs relu mul mul pow",
     "lp_pool2d": "pow avg_pool2d sign abs relu mul mul pow",
     "lp_pool3d": "pow avg_pool3d sign abs relu mul mul pow",
 }
 """Ops that torch writes in Python: an exported graph holds their parts."""
-_TAKEN_APART: Final = ("chunk", "split", "unbind")
-"""Ops whose tuple an exported graph always takes apart."""
 
 
 def exported(model: nn.Module, *args: Any) -> fx.GraphModule:
@@ -67,7 +70,7 @@ def _as_lists(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return "tensor"
     if isinstance(value, list | tuple) and len(value) == 1:
-        return value[0]
+        return _as_lists(value[0])
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -90,7 +93,8 @@ def test_an_exported_spelling_is_the_same_canonical_call(cell: Cell) -> None:
         assert " ".join(said) == _IN_PARTS[cell.op]
         return
     wanted = [n for n in nodes(canonical(model, *inputs)) if info(n).value != "scalar"]
-    kept = [n for n in calls if cell.op not in _TAKEN_APART or what(n) != "getitem"]
+    parts = ("getitem", "Structure") if op.kind in (Kind.SPLIT, Kind.PICK) else ()
+    wanted, kept = ([n for n in each if what(n) not in parts] for each in (wanted, calls))
     assert [what(n) for n in kept] == [what(n) for n in wanted]
     for a, b in zip(kept, wanted, strict=True):
         assert _as_lists(options(a)) == _as_lists(options(b))
