@@ -31,7 +31,7 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.fills import code_of, fill_of
 from fxquant.graph.flow import gives_indices, moves_codes, wanted_int8
 from fxquant.graph.info import QType, info
-from fxquant.graph.op_table import is_op, op_named, op_names, op_of
+from fxquant.graph.op_table import is_op, op_named, op_names
 from fxquant.graph.ops import Kind
 from fxquant.graph.table_pools import WITH_INDICES
 from fxquant.graph.view import flat_nodes, what
