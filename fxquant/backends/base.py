@@ -59,8 +59,14 @@ class Costs:
 
 _POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
 
-<<<<<<< HEAD
-_CODES_OWN: Final = (*_POOLS, "amax", "amin")
+_BLENDS: Final = ("where", "masked_fill")
+
+
+def _of_kind(kind: Kind) -> tuple[str, ...]:
+    return tuple(name for name in op_names() if op_named(name).kind is kind)
+
+
+_CODES_OWN: Final = (*_POOLS, *_BLENDS, "amax", "amin")
 """Moves that cost more than moving."""
 
 _FLOAT_INSIDE_ON_CODES: Final = {
@@ -92,14 +98,6 @@ _FLOAT_INSIDE_IN_FLOAT: Final = {
     "vector_norm": Cost(10.0, 0.1),
     "unary": Cost(15.0, 0.4),
 }
-=======
-_BLENDS: Final = ("where", "masked_fill")
-
-
-def _of_kind(kind: Kind) -> tuple[str, ...]:
-    return tuple(name for name in op_names() if op_named(name).kind is kind)
-
->>>>>>> 5558126 (Op table: every move, join, split and pick in every spelling; they run on codes)
 
 MEASURED: Final = Costs(
     # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
@@ -111,17 +109,12 @@ MEASURED: Final = Costs(
         "sub": Cost(30.0, 0.6),
         "mul": Cost(30.0, 0.6),
         "batch_norm": Cost(14.0, 0.17),
-<<<<<<< HEAD
         # One integer product a matrix; the largest tensor is requantized.
         "matmul": Cost(30.0, 0.5, 0.0019, 9.0),
-        "cat": Cost(8.0, 0.08),
-        "stack": Cost(8.0, 0.08),
-=======
         **{name: Cost(8.0, 0.08) for name in _of_kind(Kind.JOIN)},
         **{name: Cost(12.0, 0.2) for name in _BLENDS},
         **{name: Cost(10.0, 10.0) for name in _of_kind(Kind.PICK)},
         **{name: Cost(8.0, 2.0) for name in _of_kind(Kind.INDEX)},
->>>>>>> 5558126 (Op table: every move, join, split and pick in every spelling; they run on codes)
         **{name: Cost(15.0, 0.16) for name in _POOLS},
         **{f"avg_pool{r}d": Cost(15.0, 0.5) for r in (1, 2, 3)},
         **{f"adaptive_avg_pool{r}d": Cost(15.0, 0.3) for r in (1, 2, 3)},
