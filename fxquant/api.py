@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -20,12 +18,12 @@ from fxquant.arguments import (
     check_model,
     check_patterns,
     check_share,
-    ranks,
     resolve_overrides,
     split_example,
     tensor_example,
 )
 from fxquant.backends.base import Availability
+from fxquant.building import Wishes, build, lower
 from fxquant.collector import collector_paused
 from fxquant.errors import (
     CalibrationError,
@@ -33,23 +31,15 @@ from fxquant.errors import (
     FxQuantWarning,
     warn_user,
 )
-from fxquant.graph.capture import capture
-from fxquant.graph.copies import deep_copy
-from fxquant.graph.edit import Editor
-from fxquant.numerics.observers import Observer, summaries
-from fxquant.passes.base import Pass
+from fxquant.graph.user_class import with_user_class, with_user_class_of
+from fxquant.numerics.observers import Observer
 from fxquant.patterns.rule import Rule
-from fxquant.pipeline import first_snapshot
 from fxquant.recipes import (
     available_backends,
-    convert_recipe,
-    prepare_recipe,
     resolve_backend,
 )
-from fxquant.record import Record, attach, record_of
-from fxquant.report.checks import check_coverage, check_speed, nothing_int8, size_in_bytes
-from fxquant.report.ops import read_ops, with_kernels
-from fxquant.report.speed import example_of
+from fxquant.record import record_of
+from fxquant.report.checks import check_coverage, check_speed
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
@@ -103,7 +93,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         max_batches: how many batches to use.
         min_coverage: the least share of ops that must be int8, 0 to 1.
         progress: called after each batch with the number done and the total, if known.
-        strict: raise instead of leaving parts of the model in float that cannot be captured.
+        strict: raise where a module would have to stay your own code, with its parts quantized.
 
     Raises:
         ConfigError: an argument cannot be used; before any work starts.
@@ -130,7 +120,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
             model,
             calibration,
             example_inputs,
-            (qconfig, overrides, patterns),
+            (qconfig, overrides, patterns, strict),
             (transform, max_batches, progress),
         )
         return convert(prepared, backend=backend, min_coverage=min_coverage)
@@ -140,7 +130,7 @@ def _prepare_and_calibrate(
     model: nn.Module,
     calibration: Any,
     example_inputs: Examples | None,
-    wishes: tuple[QConfig | str | None, Overrides | None, Sequence[Rule]],
+    wishes: tuple[QConfig | str | None, Overrides | None, Sequence[Rule], bool],
     feed: tuple[Callable[[Any], Any] | None, int | None, Callable[[int, int | None], None] | None],
 ) -> GraphModule:
     transform, max_batches, progress = feed
@@ -181,7 +171,7 @@ def prepare(
         overrides: selector to configuration; ``None`` leaves the op in float.
         patterns: fusion rules of your own.
         backend: checked now, so that a wrong name fails before calibration.
-        strict: raise instead of leaving parts of the model in float that cannot be captured.
+        strict: raise where a module would have to stay your own code, with its parts quantized.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -190,7 +180,7 @@ def prepare(
     resolve_backend(backend)
     check_mode(mode, _MODES)
     args, kwargs = split_example(example_inputs)
-    return _prepare(model, args, kwargs, qconfig, overrides, patterns)
+    return _prepare(model, args, kwargs, qconfig, overrides, patterns, strict)
 
 
 @_outside_inference_mode
@@ -246,49 +236,12 @@ def convert(
         raise CalibrationError(
             "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
         )
-    made = copy.copy(record)
-    made.snapshots = list(record.snapshots)
-    made.backend = chosen.name
-    made.observers = summaries([observer for observer in observers if observer.seen])
-    made.unseen = tuple(observer.path for observer in observers if not observer.seen)
-
-    def watch(step: Pass, editor: Editor) -> None:
-        if step.name == "read-ranges":
-            made.inputs = example_of(editor.module)
-        if step.name == "convert":
-            made.ops = read_ops(editor.graph)
-
     with collector_paused():
-        # After the summaries: the copy takes along the ranges they found.
-        converted = _working_copy(prepared)
-        convert_recipe(chosen).run(converted, made, watch=watch)
-        _own_tensors(converted, prepared)
-    made.ops = with_kernels(made.ops, converted.graph, chosen.name)
-    made.bytes_after = size_in_bytes(converted)
-    attach(converted, made)
+        converted = with_user_class_of(lower(prepared, chosen), prepared)
+    made = record_of(converted)
     check_coverage(made, min_coverage)
     check_speed(prepared, converted, made)
     return converted
-
-
-def _working_copy(prepared: GraphModule) -> GraphModule:
-    """A copy that still shares float tensors and observers: most are about to go."""
-    observers = [module for module in prepared.modules() if isinstance(module, Observer)]
-    shared = (*prepared.parameters(), *prepared.buffers(), *observers, record_of(prepared))
-    return deep_copy(prepared, {id(each): each for each in shared})
-
-
-def _own_tensors(converted: GraphModule, prepared: GraphModule) -> None:
-    """Give what stayed float memory of its own, frozen parameters and plain buffers included."""
-    shared = {id(tensor) for tensor in (*prepared.parameters(), *prepared.buffers())}
-    own: dict[int, Any] = {}
-    for module in converted.modules():
-        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for registry in registries:
-            for name, tensor in registry.items():
-                if id(tensor) in shared:
-                    # One memo for all: what was one tensor twice still is.
-                    registry[name] = copy.deepcopy(tensor, own)
 
 
 def backends() -> tuple[Availability, ...]:
@@ -308,6 +261,7 @@ def _prepare(
     qconfig: QConfig | str | None,
     overrides: Overrides | None,
     patterns: Sequence[Rule],
+    strict: bool,
 ) -> GraphModule:
     check_model(model)
     default = resolve_qconfig(qconfig)
@@ -318,14 +272,6 @@ def _prepare(
             "the model is in training mode; its copy is put in eval mode for quantization",
             FxQuantWarning,
         )
+    wishes = Wishes(default, chosen, tuple(patterns), strict)
     with torch.random.fork_rng(devices=[]), collector_paused():
-        start = time.perf_counter()
-        captured = capture(model, args, kwargs, evaluate=True)
-        record = Record("static", rung=captured.rung, bytes_before=size_in_bytes(model))
-        record.snapshots.append(first_snapshot(captured.module, time.perf_counter() - start))
-        known = ranks(model, args, kwargs)
-        prepare_recipe(default, chosen, tuple(patterns), known).run(captured.module, record)
-    if not any(isinstance(m, Observer) for m in captured.module.modules()):
-        raise nothing_int8(read_ops(captured.module.graph))
-    attach(captured.module, record)
-    return captured.module.eval()
+        return with_user_class(build(model, args, kwargs, wishes), model)

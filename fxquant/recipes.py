@@ -46,6 +46,8 @@ def prepare_recipe(
     overrides: tuple[tuple[Selector, QConfig | None], ...],
     patterns: tuple[Rule, ...],
     ranks: Mapping[str, int],
+    *,
+    must_match: bool = True,
 ) -> Pipeline:
     """From the captured graph to one with observers.
 
@@ -54,6 +56,7 @@ def prepare_recipe(
         overrides: selectors and what applies to them, in order.
         patterns: fusion rules beside the built-in ones.
         ranks: how many dimensions each input has, as far as that is known.
+        must_match: whether an override that matches nothing is an error.
     """
     known = tuple(sorted(ranks.items()))
     return Pipeline(
@@ -65,7 +68,7 @@ def prepare_recipe(
             SplitPadding(),
             Decompose(known),
             AdoptProducts(known),
-            Configure(qconfig, overrides),
+            Configure(qconfig, overrides, must_match),
             OpenAttention(),
             Fuse((*patterns, *FUSION_RULES), known),
             Annotate(INT8_OPS, REASONS),

@@ -95,6 +95,23 @@ class Timing:
     slowest: tuple[tuple[str, str, float, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Part:
+    """How one part of a model was captured.
+
+    Args:
+        path: where it stands in the user's model; empty for the model itself.
+        rung: the way it was captured, or ``left in float``.
+        why: why not by symbolic tracing as a whole; empty if it was.
+        place: where its graph stands in the graph module; empty for the graph module itself.
+    """
+
+    path: str
+    rung: str
+    why: str = ""
+    place: str = ""
+
+
 @dataclass
 class Record:
     """Everything a model made by fxquant remembers.
@@ -103,6 +120,7 @@ class Record:
         mode: the mode it was made in.
         backend: the backend it runs on; empty until converted.
         rung: how it was captured.
+        parts: how each part was captured, the model itself first.
         snapshots: the passes so far; the first is the capture.
         ops: what became of each op; empty until converted.
         observers: what each observer saw; empty until converted.
@@ -116,6 +134,7 @@ class Record:
     mode: str
     backend: str = ""
     rung: str = ""
+    parts: tuple[Part, ...] = ()
     snapshots: list[Snapshot] = field(default_factory=list)
     ops: tuple[OpRecord, ...] = ()
     observers: tuple[ObserverSummary, ...] = ()

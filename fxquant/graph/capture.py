@@ -1,6 +1,8 @@
 """Capture: from a module to a torch.fx graph whose nodes know their path and source line.
 
-The ladder's first rung is symbolic tracing with example values; see :mod:`fxquant.graph.tracer`.
+A ladder: symbolic tracing with example values (:mod:`fxquant.graph.tracer`), ``torch.export``
+(:mod:`fxquant.graph.export`), and pieces around modules that stay the user's own code
+(:mod:`fxquant.graph.pieces`).
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch.nn.utils import parametrize
 from fxquant.errors import TraceError
 from fxquant.graph.attention_modules import open_modules, settle_activations
 from fxquant.graph.copies import deep_copy
+from fxquant.graph.export import export_graph
 from fxquant.graph.info import info
 from fxquant.graph.patches import patched
+from fxquant.graph.pieces import WHOLE, whole_graph
 from fxquant.graph.proxies import ValueDependentError
 from fxquant.graph.signature import Binding, bind_example
 from fxquant.graph.tracer import Retracer, Tracer, user_line
@@ -29,6 +33,8 @@ _LOCK: Final = threading.RLock()
 """fx patches ``nn.Module.__call__`` for the whole process while it traces."""
 
 SYMBOLIC: Final = "torch.fx symbolic tracing"
+EXPORT: Final = "torch.export"
+PIECES: Final = "torch.fx symbolic tracing, in pieces"
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,15 @@ class Captured:
         module: the graph module; its parameters are those of the copy that was traced.
         rung: which way of capturing was used.
         bound: arguments of ``forward`` that were bound to a value.
+        leaves: modules that stay the user's own code, by path in ``module``, and why.
+        why: why not by symbolic tracing, where another way was used.
     """
 
     module: fx.GraphModule
     rung: str
     bound: dict[str, Any]
+    leaves: tuple[tuple[str, str], ...] = ()
+    why: str = ""
 
 
 def bind_arguments(
@@ -68,75 +78,141 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     evaluate: bool = False,
+    strict: bool = False,
 ) -> Captured:
-    """Turn ``model`` into a graph module by symbolic tracing.
+    """Turn ``model`` into a graph module: the ladder of ways, the first that works.
+
+    Symbolic tracing; ``torch.export``, unless it is a value that decides a branch; and last the
+    innermost module that cannot be traced stays the user's own code, a leaf of the graph.
 
     Args:
         model: the model; a copy of it is traced and it is never changed.
         args: positional example inputs, if there are any.
         kwargs: keyword example inputs.
         evaluate: whether the copy is put in eval mode first.
+        strict: raise where a module would have to stay the user's own code.
 
     Raises:
-        TraceError: a branch depends on a tensor, or the model cannot be traced for another
-            reason; the message holds the user's line.
+        TraceError: the model cannot be traced, and there is no example, or ``strict``; the message
+            holds the user's line.
 
     Example:
         >>> capture(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).rung
         'torch.fx symbolic tracing'
     """
     binding = bind_example(model, args, kwargs or {})
-    try:
-        module = trace(_ready(model, evaluate), binding, type(model).__name__)
-    # Anything may go wrong inside a user's forward that is fed proxies; all of it means
-    # the same to them: this model, at this line, cannot be traced.
-    except Exception as error:
-        if not binding.given or runs(model, evaluate, args, kwargs or {}):
-            raise TraceError(_explain(model, error)) from error
-        # An example the model cannot take is calibration's to name; tracing does not need it.
-        module = _without_example(model, evaluate, binding, error)
-    return Captured(module, SYMBOLIC, binding.bound)
+    climb = _Climb(model, args, kwargs or {}, binding, evaluate)
+    return climb.run(strict)
 
 
-def _ready(model: nn.Module, evaluate: bool) -> nn.Module:
-    root = copied(model)
-    return root.eval() if evaluate else root
+class _Climb:
+    """One way after the other, until one works."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        binding: Binding,
+        evaluate: bool,
+    ) -> None:
+        self._model = model
+        self._example = (args, kwargs)
+        self._binding = binding
+        self._evaluate = evaluate
+        self._leaves: dict[str, str] = {}
+
+    def run(self, strict: bool) -> Captured:
+        """Trace; each failure makes one more module a leaf."""
+        while True:
+            tracer = Tracer(self._binding, capture.__code__, frozenset(self._leaves))
+            try:
+                module = trace(self._copy(), self._binding, tracer, type(self._model).__name__)
+            # Anything may go wrong inside a user's forward that is fed proxies; all of it means
+            # the same to them: this model, at this line, cannot be traced.
+            except Exception as error:  # noqa: BLE001 - user code under proxies, see above
+                done = self._after(error, tracer.innermost(), strict)
+                if done is not None:
+                    return done
+                continue
+            return self._captured(module, PIECES if self._leaves else SYMBOLIC)
+
+    def _captured(self, module: fx.GraphModule, rung: str) -> Captured:
+        leaves = tuple(self._leaves.items())
+        return Captured(module, rung, self._binding.bound, leaves, "; ".join(self._leaves.values()))
+
+    def _after(self, error: Exception, where: str, strict: bool) -> Captured | None:
+        """What to do about a failure: another way, or one more leaf (``None``)."""
+        if not self._binding.given:
+            raise TraceError(_explain(self._model, error, hint=True)) from error
+        if not self._leaves and not runs(self._copy(), *self._example):
+            # An example the model cannot take is calibration's to name; tracing needs none.
+            return Captured(self._without_example(error), SYMBOLIC, self._binding.bound)
+        if not isinstance(error, ValueDependentError):
+            exported = self._export()
+            if exported is not None:
+                why = _line(error)
+                return Captured(exported, EXPORT, self._binding.bound, (), why)
+        if strict:
+            raise TraceError(_explain(self._model, error)) from error
+        if not where or where in self._leaves:
+            self._leaves = {WHOLE: _line(error)}
+            module = whole_graph(self._copy(), self._binding, type(self._model).__name__)
+            return self._captured(module, PIECES)
+        self._leaves[where] = _line(error)
+        return None
+
+    def _copy(self) -> nn.Module:
+        root = copied(self._model)
+        return root.eval() if self._evaluate else root
+
+    def _export(self) -> fx.GraphModule | None:
+        if self._leaves:
+            return None
+        try:
+            with _LOCK:
+                return export_graph(prepared_copy(self._copy()), *self._example)
+        except TraceError:
+            return None
+
+    def _without_example(self, first: Exception) -> fx.GraphModule:
+        plain = replace(self._binding, given=False)
+        tracer = Tracer(plain, capture.__code__)
+        try:
+            return trace(self._copy(), plain, tracer, type(self._model).__name__)
+        except Exception:  # noqa: BLE001 - as above; the first error says more
+            raise TraceError(_explain(self._model, first)) from first
 
 
-def runs(model: nn.Module, evaluate: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a copy of ``model`` runs on the example; anything the user's code raises is no."""
+def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``model`` runs on the example; anything the user's code raises is no."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            nn.Module.__call__(_ready(model, evaluate), *args, **kwargs)
+            nn.Module.__call__(model, *args, **kwargs)
         except Exception:  # noqa: BLE001 - the user's own code may fail in any way
             return False
     return True
 
 
-def _without_example(
-    model: nn.Module, evaluate: bool, binding: Binding, first: Exception
-) -> fx.GraphModule:
-    plain = replace(binding, given=False)
-    try:
-        return trace(_ready(model, evaluate), plain, type(model).__name__)
-    except Exception:  # noqa: BLE001 - as above; the first error says more
-        raise TraceError(_explain(model, first)) from first
+def prepared_copy(root: nn.Module) -> nn.Module:
+    """``root`` with computed weights settled and attention opened, as tracing wants it."""
+    _settle_parametrizations(root)
+    open_modules(root)
+    return root
 
 
-def trace(root: nn.Module, binding: Binding, name: str) -> fx.GraphModule:
+def trace(root: nn.Module, binding: Binding, tracer: Tracer, name: str) -> fx.GraphModule:
     """Trace ``root`` itself; its buffers are put back as they were.
 
     Args:
         root: a copy that belongs to the graph module from now on.
         binding: how it is called.
+        tracer: records it.
         name: the class name of the graph module.
     """
-    _settle_parametrizations(root)
-    open_modules(root)
-    with _LOCK, _left_as_found(root, binding):
-        tracer = Tracer(binding, capture.__code__)
-        with patched(root, tracer.is_mine):
-            graph = tracer.trace(root)
+    prepared_copy(root)
+    with _LOCK, _left_as_found(root, binding), patched(root, tracer.is_mine):
+        graph = tracer.trace(root)
     graph._tracer_cls = Retracer
     for node in graph.nodes:
         # Annotations may be strings, which the pickle of a graph module cannot import.
@@ -206,15 +282,27 @@ def _settle_parametrizations(root: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(value))
 
 
-def _explain(model: nn.Module, error: BaseException) -> str:
+def _line(error: Exception) -> str:
+    """Why tracing ended, and the user's line."""
+    if isinstance(error, ValueDependentError):
+        return f"a branch depends on what a tensor holds, at {error}"
     where = user_line(error, error.__traceback__)
-    why = "a branch depends on what a tensor holds" if isinstance(error, ValueDependentError) else (
-        str(error)
-    )  # fmt: skip
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}, at {where}"
+
+
+def _explain(model: nn.Module, error: Exception, hint: bool = False) -> str:
+    if isinstance(error, ValueDependentError):
+        why, where = "a branch depends on what a tensor holds", str(error)
+    else:
+        why, where = str(error), user_line(error, error.__traceback__)
+    example = (
+        "pass example_inputs: with an example, questions about sizes are answered, and a module "
+        "that branches on values keeps its own code while its parts are quantized; or "
+    )
     return (
         f"{type(model).__name__} cannot be traced into a graph: {why}\n"
         f"  at {where}\n"
-        "Ways out: compute the condition from arguments that are not tensors and give them in "
-        "example_inputs; or move the branch out of the model; or quantize the submodules that "
-        "do trace on their own."
+        f"Ways out: {example if hint else ''}compute the condition from arguments that are not "
+        "tensors and give them in example_inputs; or move the branch out of the model; or quantize "
+        "the submodules that do trace on their own."
     )

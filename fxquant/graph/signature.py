@@ -127,8 +127,8 @@ class Arguments:
         if name in self._binding.bound:
             value = self._binding.bound[name]
             given = values.get(name, value)
-            default = (given if _is_literal(given) else None,)
-            if name in values and not _is_literal(value) and parameter.default is _EMPTY:
+            default = (given if is_literal(given) else None,)
+            if name in values and not is_literal(value) and parameter.default is _EMPTY:
                 default = ()  # type: ignore[assignment] # an argument that has to be given
             return value, self._create(name, default)
         return values.get(name), self._create(name, ())
@@ -158,7 +158,7 @@ class Arguments:
 
     def _bound(self, parameter: inspect.Parameter, value: Any, proxy: Any) -> Any:
         name = parameter.name
-        literal = _is_literal(value)
+        literal = is_literal(value)
         if not isinstance(value, PLAIN) and not literal:
             place = f"_bound_{name}"
             setattr(self._tracer.root, place, value)
@@ -203,8 +203,8 @@ def _spelled(path: Any) -> str:
     return "".join(f".{key}" if is_field else f"[{key!r}]" for key, is_field in path)
 
 
-def _is_literal(value: Any) -> bool:
+def is_literal(value: Any) -> bool:
     """Whether it can stand as a default in generated code."""
     if type(value) in (tuple, list):
-        return all(_is_literal(item) for item in value)
+        return all(is_literal(item) for item in value)
     return type(value) in _DEFAULTS

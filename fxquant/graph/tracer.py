@@ -35,13 +35,17 @@ class Tracer(Answers, fx.Tracer):
     Args:
         binding: the arguments of ``forward``, and their example values where there are any.
         stop: code of the function above which stands the caller, who wrote no op.
+        leaves: paths of modules that are called and not traced into.
     """
 
-    def __init__(self, binding: Binding, stop: CodeType) -> None:
+    def __init__(
+        self, binding: Binding, stop: CodeType, leaves: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=())
         self.live = binding.given
         self.proxy_buffer_attributes = binding.given
         self._binding = binding
+        self._leaves = leaves
         self._stop = stop
         self._thread = threading.get_ident()
         self._own: dict[CodeType, bool] = {}
@@ -64,6 +68,17 @@ class Tracer(Answers, fx.Tracer):
         if not self.is_mine():
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """torch's own layers, and what could not be traced."""
+        if module_qualified_name in self._leaves:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def innermost(self) -> str:
+        """After a failure: the path of the innermost module that ran; empty for the root."""
+        stack = getattr(self, "module_stack", {})
+        return str(next(reversed(stack.values()))[0]) if stack else ""
 
     def path_of_module(self, mod: nn.Module) -> str:
         """The path of a module; one kept in a plain list gets a place under the root."""

@@ -35,6 +35,8 @@ class Configure(Pass):
     Args:
         default: what applies where no override does.
         overrides: selector and configuration (``None`` is float), in the user's order.
+        must_match: whether a selector that matches nothing is an error; in one of the parts of a
+            model it is none.
     """
 
     name: ClassVar[str] = "configure"
@@ -42,6 +44,7 @@ class Configure(Pass):
     gives: ClassVar[Stage] = Stage.CANONICAL
     default: QConfig = field(default_factory=QConfig)
     overrides: tuple[tuple[Selector, QConfig | None], ...] = ()
+    must_match: bool = True
 
     def run(self, editor: Editor) -> None:
         """Every op gets the last override that matches it, or the default.
@@ -54,8 +57,8 @@ class Configure(Pass):
         for selector, config in self.overrides:
             matches = predicate(selector)
             hits = [node for node in nodes if matches(node)]
-            if not hits:
-                raise ConfigError(_nothing_matches(selector, nodes))
+            if not hits and self.must_match:
+                raise ConfigError(nothing_matches(selector, nodes))
             for node in hits:
                 chosen[node] = (config, f"override {_name(selector)}")
         with editor.rule("configure"):
@@ -131,7 +134,8 @@ def _name(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", str(selector))
 
 
-def _nothing_matches(selector: Selector, nodes: Iterable[Node]) -> str:
+def nothing_matches(selector: Selector, nodes: Iterable[Node]) -> str:
+    """The message for a selector that matches none of ``nodes``."""
     known = list(dict.fromkeys(path for node in nodes for path in _paths(node) if path))
     near = difflib.get_close_matches(selector, known, n=3) if isinstance(selector, str) else []
     hint = f"the nearest names are {near}" if near else f"the model has, for example, {known[:5]}"

@@ -85,6 +85,7 @@ class Report:
             "mode": record.mode,
             "backend": record.backend,
             "capture": record.rung,
+            "parts": [{"path": p.path, "capture": p.rung, "why": p.why} for p in record.parts],
             "coverage": self.coverage,
             "weight_coverage": self.weight_coverage,
             "mac_coverage": self.mac_coverage,
@@ -108,7 +109,7 @@ class Report:
     def summary(self) -> str:
         """What the ops come to: coverage, sizes, calibration, speed; one line each."""
         record = self._record
-        lines = [*self._coverage_lines(), _made_by(record)]
+        lines = [*self._coverage_lines(), _made_by(record), *_parts(record)]
         if record.observers:
             worst = max(record.observers, key=lambda seen: seen.clipped)
             lines.append(
@@ -152,6 +153,18 @@ def _made_by(record: Record) -> str:
     if record.rung:
         parts.append(f"captured by {record.rung}")
     return ", ".join(parts)
+
+
+def _parts(record: Record) -> list[str]:
+    """Which way each part was captured, where there was more to it than tracing."""
+    if not record.parts or not record.parts[0].why:
+        return []
+    lines = [f"not traced as a whole: {record.parts[0].why}"]
+    for part in record.parts[1:]:
+        why = f": {part.why}" if part.why else ""
+        by = part.rung if part.place == "" else f"captured by {part.rung}"
+        lines.append(f"  {shown(part.path, _NAME)} {by}{why}")
+    return lines
 
 
 def _speed(real: float, codes: float) -> str:
