@@ -196,7 +196,7 @@ def test_branches_on_values_are_refused_with_the_line() -> None:
             return found
 
     with pytest.raises(TraceError, match=r"test_errors\.py:\d+: if x\.sum\(\) > 0:"):
-        fxquant.quantize(Branch().eval(), images())
+        fxquant.quantize(Branch().eval(), images(), strict=True)
 
 
 def test_an_error_in_the_model_names_the_line() -> None:

@@ -139,7 +139,7 @@ def test_dict_holds_exact_types_and_stable_keys() -> None:
     assert plain["ops"][0]["out"]["scale"] == scale
     assert plain["ops"][0]["out"]["dtype"] == "uint8"
     assert set(plain) == {
-        *("mode", "backend", "capture", "coverage", "weight_coverage", "mac_coverage"),
+        *("mode", "backend", "capture", "parts", "coverage", "weight_coverage", "mac_coverage"),
         *("bytes_before", "bytes_after", "unseen", "clipped", "timing", "ops"),
     }
 
