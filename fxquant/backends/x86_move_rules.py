@@ -238,6 +238,19 @@ def _lower_index(match: Match, editor: Editor) -> None:
     _call_on_codes(match, editor, node.target, args, dict(node.kwargs), None)
 
 
+def _lower_indices(match: Match, editor: Editor) -> None:
+    """``sort(dequantize(x))[1]``, where no values are read that would have been lowered."""
+    _cut(match, editor)
+
+
+def takes_indices(match: Match) -> Reject | None:
+    """Only the part of a pick that says where."""
+    node, split = match.node("op"), match.node("split")
+    if not gives_indices(node) or not wanted_int8(split):
+        return Reject("it takes values, or was decided to stay float", node)
+    return None
+
+
 def is_int8(match: Match) -> Reject | None:
     """What was decided to be float reads float."""
     node = match.node("op")
@@ -273,6 +286,16 @@ MOVE_RULES: Final = (
         _lower_joined_parts,
         (same_type,),
         priority=5,
+    ),
+    Rule(
+        "x86-indices",
+        op(
+            "getitem",
+            op(_of_kind(Kind.PICK), dequantized("dq", "x"), name="split", shared=True),
+            name="op",
+        ),
+        _lower_indices,
+        (takes_indices,),
     ),
     Rule(
         "x86-index",

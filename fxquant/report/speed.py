@@ -56,7 +56,7 @@ def compare_speed(
     try:
         with torch.no_grad():
             return _compare(prepared, converted, inputs)
-    except RuntimeError:
+    except (RuntimeError, IndexError, ValueError):
         # A model that fixes its batch size in its code does not run at batch 1; then no check.
         return None
     finally:
