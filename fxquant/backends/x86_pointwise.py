@@ -42,7 +42,7 @@ class X86PointwiseSum(X86LinearSum):
     def _matrix(self) -> Tensor:
         return self.weight.flatten(1)
 
-    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
         batched = codes.dim() == _BATCHED
         pixels, total = codes.permute(_LAST[batched]), other.permute(_LAST[batched])

@@ -54,7 +54,7 @@ class RealCodes(nn.Module):
             value if qtype is None else dequantize(value, qtype.scale, qtype.zero_point)
             for value, qtype in zip(given, self.reads, strict=True)
         ]
-        result: Tensor = op_named(self.name).target(*reals, **self.options)  # type: ignore[misc]
+        result: Tensor = op_named(self.name).target(*reals, **self.options)  # type: ignore[misc]  # the options are of many types
         return to_codes_(result.mul_(1.0 / self.writes.scale), self.writes, self.relu)
 
     def extra_repr(self) -> str:

@@ -153,7 +153,7 @@ def _operands(node: Node) -> list[tuple[Node, QType | None]]:
 def reads_codes(match: Match) -> Reject | None:
     """Something of what it reads must be codes, and all of it tensors."""
     node = match.node("op")
-    count = len(op_of(node).tensors)  # type: ignore[union-attr]
+    count = len(op_of(node).tensors)  # type: ignore[union-attr]  # the pattern that matched has it
     operands = _operands(node)
     if len(operands) != count or any(info(n).value in ("scalar", "sizes") for n, _ in operands):
         return Reject("one of its operands is a number", node)

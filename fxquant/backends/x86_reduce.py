@@ -57,7 +57,7 @@ class AverageCodes(nn.Module):
         real = codes.to(self._wide(codes))
         if self._centred:
             real = real.sub_(self.reads.zero_point)
-        mean: Tensor = average(real, **options)  # type: ignore[misc]
+        mean: Tensor = average(real, **options)  # type: ignore[misc]  # the options are of many types
         if not self._centred:
             mean = mean.sub_(self.reads.zero_point)
         return to_codes_(mean.mul_(self.reads.scale / self.writes.scale).float(), self.writes)
