@@ -238,9 +238,9 @@ def convert(
         )
     with collector_paused():
         converted = with_user_class_of(lower(prepared, chosen), prepared)
-    made = record_of(converted)
-    check_coverage(made, min_coverage)
-    check_speed(prepared, converted, made)
+        made = record_of(converted)
+        check_coverage(made, min_coverage)
+        check_speed(prepared, converted, made)
     return converted
 
 
