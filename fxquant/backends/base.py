@@ -162,7 +162,10 @@ REASONS: Final = {
         "a softmax between them (12 heads of 64; 128, 197 and 512 tokens, two threads); "
         "overrides={F.scaled_dot_product_attention: QConfig()} opens it into int8 products"
     ),
-    "embedding": "its indices are no numbers to quantize; its table becomes int8 when converted",
+    **dict.fromkeys(
+        ("embedding", "embedding_bag"),
+        "its indices are no numbers to quantize; its table becomes int8 when converted",
+    ),
 }
 """Why an op without an int8 form has none."""
 

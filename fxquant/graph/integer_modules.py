@@ -38,3 +38,66 @@ class IntegerEmbedding(nn.Embedding):
         """Size and granularity, for ``print(model)``."""
         kind = "row" if self.weight_scale.numel() > 1 else "tensor"
         return f"{self.num_embeddings}, {self.embedding_dim}, int8 per {kind}"
+
+
+class IntegerEmbeddingBag(nn.EmbeddingBag):
+    """Sums, means or maxima of rows of an int8 table.
+
+    Args:
+        bag: the float module it stands for.
+        codes: int8 ``[rows, width]``.
+        scale: float32 ``[rows]`` or ``[1]``.
+
+    Example:
+        >>> codes, scale = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8), torch.tensor([0.5])
+        >>> bag = IntegerEmbeddingBag(nn.EmbeddingBag(2, 2, mode="sum"), codes, scale)
+        >>> bag(torch.tensor([[0, 1]]))
+        tensor([[2., 1.]])
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, bag: nn.EmbeddingBag, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(
+            codes.shape[0],
+            codes.shape[1],
+            mode=bag.mode,
+            include_last_offset=bag.include_last_offset,
+            padding_idx=bag.padding_idx,
+            device="meta",
+        )
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`torch.nn.EmbeddingBag.forward`: only the rows that are read become float."""
+        flat = input.reshape(-1)
+        rows = F.embedding(flat, self.weight).to(torch.float32)
+        scale = self.weight_scale
+        rows.mul_(scale if scale.numel() == 1 else F.embedding(flat, scale.unsqueeze(1)))
+        places = torch.arange(flat.numel(), dtype=input.dtype, device=input.device)
+        skipped = None
+        if self.padding_idx is not None:
+            # Padding counts for nothing, in means too: all of it reads one row more.
+            skipped = flat.numel()
+            places = places.masked_fill(flat == self.padding_idx, skipped)
+            rows = F.pad(rows, (0, 0, 0, 1))
+        return F.embedding_bag(
+            places.view(input.shape),
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=skipped,
+        )
+
+    def extra_repr(self) -> str:
+        """Size, mode and granularity, for ``print(model)``."""
+        kind = "row" if self.weight_scale.numel() > 1 else "tensor"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.mode}, int8 per {kind}"

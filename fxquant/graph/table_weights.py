@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant.graph.integer_modules import IntegerEmbedding
+from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.ops import Function, Kind, Op
 from fxquant.graph.table_entry import adopt, entry, sig, spellings
 
@@ -151,6 +151,14 @@ WEIGHTED: Final = (
         ),
         modules=(nn.Embedding, IntegerEmbedding),
         build=_build_embedding,
+    ),
+    entry(
+        "embedding_bag",
+        Kind.FLOAT,
+        None,
+        sig(lambda input, offsets=None, per_sample_weights=None: None),
+        tensors=("input", "offsets", "per_sample_weights"),
+        modules=(nn.EmbeddingBag, IntegerEmbeddingBag),
     ),
     entry(
         "prelu",

@@ -136,7 +136,7 @@ def _given(op: Op, module: nn.Module, node: Node) -> tuple[Any, ...]:
     if len(node.args) + len(node.kwargs) == 1:
         return (*node.args, *node.kwargs.values())
     names = list(inspect.signature(module.forward).parameters)
-    if op.target is None or not set(names) <= set(op.signature.parameters):
+    if not set(names) <= set(op.signature.parameters):
         return ()
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return tuple(given.get(name) for name in names)

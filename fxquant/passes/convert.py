@@ -10,7 +10,7 @@ then only codes exist.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.fx import Node
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import Flow, is_join, moves_codes, wanted_int8
 from fxquant.graph.info import Decision, QType, info
-from fxquant.graph.integer_modules import IntegerEmbedding
+from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.op_table import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
@@ -39,6 +39,7 @@ from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
 
 
+_TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 _Cache = dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]]
 """Integer weights by the float weight they come from, its spec and its channel axis."""
 
@@ -98,7 +99,7 @@ class Convert(Pass):
             if op is not None and op.kind is Kind.CONTRACT and wanted_int8(node):
                 self._weight(editor, node, op, cache)
         self._edges(editor)
-        for node in [n for n in editor.graph.nodes if is_op(n, "embedding")]:
+        for node in [n for n in editor.graph.nodes if is_op(n, "embedding", "embedding_bag")]:
             self._table(editor, node, cache)
         with editor.rule("drop-dead"):
             editor.clean()
@@ -131,7 +132,7 @@ class Convert(Pass):
     def _table(self, editor: Editor, node: Node, cache: _Cache) -> None:
         """Store a table of embeddings as int8: a lookup moves rows, whatever runs the rest."""
         config, layer = info(node).config, module_of(node)
-        if config is None or config.activation is None or not isinstance(layer, nn.Embedding):
+        if config is None or config.activation is None or not isinstance(layer, _TABLES):
             return
         table, why = layer.weight, _stays_float(editor, layer, config.weight is None)
         if why is None:
@@ -141,8 +142,14 @@ class Convert(Pass):
                 cache[key] = self._integers(table.detach(), spec, 0)
             why, by = "its table is int8", info(node).configured_by
             with editor.rule("quantize-table"):
-                editor.set_module(str(node.target), IntegerEmbedding(*cache[key]))
-                editor.annotate(node, decision=Decision(True, why, by), reads=(None,))
+                made: nn.Module = (
+                    IntegerEmbeddingBag(layer, *cache[key])
+                    if isinstance(layer, nn.EmbeddingBag)
+                    else IntegerEmbedding(*cache[key])
+                )
+                editor.set_module(str(node.target), made)
+                reads = (None,) * len(tensor_sources(node))
+                editor.annotate(node, decision=Decision(True, why, by), reads=reads)
             return
         with editor.rule("leave-float"):
             editor.annotate(node, decision=Decision(False, why, "convert"))
@@ -190,7 +197,7 @@ class Convert(Pass):
             boundary.settle(node)
 
 
-def _stays_float(editor: Editor, layer: nn.Embedding, asked: bool) -> str | None:
+def _stays_float(editor: Editor, layer: nn.Embedding | nn.EmbeddingBag, asked: bool) -> str | None:
     """Why a table cannot be int8; one that is also read in float would be stored twice."""
     table = layer.weight
     if asked:
@@ -203,7 +210,7 @@ def _stays_float(editor: Editor, layer: nn.Embedding, asked: bool) -> str | None
         return "its table holds NaN or infinity"
     for path, owner in editor.module.named_modules():
         shares = any(held is table for held in owner._parameters.values())
-        if shares and not isinstance(owner, nn.Embedding):
+        if shares and not isinstance(owner, _TABLES):
             return f"{path} reads the same table in float"
     named = [str(n.target) for n in editor.graph.nodes if n.op == "get_attr"]
     for path in named:

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import QType, info
-from fxquant.graph.integer_modules import IntegerEmbedding
+from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, constant_values, flat_nodes, units, what
@@ -117,7 +117,9 @@ def _weight(head: Node) -> tuple[str, int]:
             count = math.prod(tensor.shape) if tensor is not None else 0
             kind = "per tensor" if axis is None else f"per channel {axis}"
             return f"int8 {kind}", count
-    if head.op == "call_module" and isinstance(module_of(head), IntegerEmbedding):
+    if head.op == "call_module" and isinstance(
+        module_of(head), IntegerEmbedding | IntegerEmbeddingBag
+    ):
         table = module_of(head).get_parameter("weight")
         rows = module_of(head).get_parameter("weight_scale").numel() > 1
         return f"int8 per {'channel 0' if rows else 'tensor'}", table.numel()

@@ -70,6 +70,7 @@ WEIGHTS: Final[dict[str, Case]] = {
         modules=(Spelled(lambda: nn.GroupNorm(2, 4, eps=1e-3)),),
         parameters={"weight": (4,), "bias": (4,)},
     ),
+    "embedding_bag": Case(modules=(Spelled(lambda: nn.EmbeddingBag(5, 3)),)),
     "embedding": Case(
         options={"padding_idx": 1},
         modules=(Spelled(lambda: nn.Embedding(5, 3, padding_idx=1)),),

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from fxquant.graph.chain import UnaryChain
 from fxquant.graph.info import info
-from fxquant.graph.integer_modules import IntegerEmbedding
+from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.op_table import (
     OPS,
     op_named,
@@ -167,7 +167,7 @@ def _by_place_only(function: Any) -> bool:
 
 
 def _inputs(op: Op, case: Case, shape: tuple[int, ...], key: Any) -> tuple[Tensor, ...]:
-    if op.name == "embedding":
+    if op.name in ("embedding", "embedding_bag"):
         return (torch.tensor([[0, 4, 1], [3, 2, 2]]),)
     own = 1 if op.target is None or case.parameters else len(op.tensors)
     shapes = [shape, *[case.partners.get(key, shape)] * ((case.joins or own) - 1)]
@@ -289,6 +289,7 @@ def test_every_module_class_has_a_case() -> None:
             FunctionalInstanceNorm,
             UnaryChain,
             IntegerEmbedding,
+            IntegerEmbeddingBag,
         }
         wanted = set(op.modules) - by_rewrites
         assert made == wanted, f"{op.name}: cases of {made}, spellings {wanted}"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import QConfig, QSpec
-from fxquant.graph.integer_modules import IntegerEmbedding
+from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.record import record_of
+from fxquant.report.checks import size_in_bytes
 
 ROWS, WIDTH = 40, 16
 IDS = [torch.randint(0, ROWS, (2, 6), generator=torch.Generator().manual_seed(s)) for s in range(3)]
@@ -113,3 +114,46 @@ def test_a_table_that_is_read_as_a_tensor_stays_float() -> None:
 
     made = quantized(Read(False), backend="reference")
     assert tables(made) == []
+
+
+class Bags(nn.Module):
+    """A bag of rows and a layer."""
+
+    def __init__(self, body: Any, **options: Any) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(ROWS, WIDTH, **options)
+        self.layer = nn.Linear(WIDTH, 3)
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layer(self.body(self.bag, ids))
+
+
+_FLAT: Any = lambda bag, ids: bag(ids.flatten(), torch.tensor([0, 2, 7]))  # noqa: E731
+_WEIGHED: Any = lambda bag, ids: bag(ids, per_sample_weights=ids * 0.1)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        (lambda bag, ids: bag(ids), {}),
+        (lambda bag, ids: bag(ids), {"mode": "sum", "padding_idx": 3}),
+        (lambda bag, ids: bag(ids), {"mode": "mean", "padding_idx": 3}),
+        (lambda bag, ids: bag(ids), {"mode": "max"}),
+        (_FLAT, {"mode": "sum"}),
+        (_FLAT, {"mode": "mean", "include_last_offset": True}),
+        (_WEIGHED, {"mode": "sum"}),
+    ],
+)
+def test_a_bag_reads_an_int8_table(body: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Bags(body, **options).eval()
+    made = quantized(model, backend="reference")
+    (bag,) = [m for m in made.modules() if isinstance(m, IntegerEmbeddingBag)]
+    with torch.no_grad():
+        found, wanted = body(bag, IDS[0]), body(model.bag, IDS[0])
+    # Every row is within half a step of its scale, so that a sum of 6 is within 3 steps.
+    step = float(model.bag.weight.detach().abs().max()) / 127
+    assert float((found - wanted).abs().max()) <= 3.01 * step
+    assert next(op for op in record_of(made).ops if op.op == "embedding_bag").int8
+    assert size_in_bytes(made) < 0.5 * size_in_bytes(model)
