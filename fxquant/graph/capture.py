@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from fxquant.errors import TraceError
 from fxquant.graph.attention_modules import open_modules, settle_activations
@@ -26,6 +25,7 @@ from fxquant.graph.info import info
 from fxquant.graph.patches import patched
 from fxquant.graph.pieces import WHOLE, whole_graph
 from fxquant.graph.proxies import ValueDependentError
+from fxquant.graph.settle import settle
 from fxquant.graph.signature import Binding, bind_example
 from fxquant.graph.tracer import Retracer, Tracer, user_line
 
@@ -196,7 +196,7 @@ def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 def prepared_copy(root: nn.Module) -> nn.Module:
     """``root`` with computed weights settled and attention opened, as tracing wants it."""
-    _settle_parametrizations(root)
+    settle(root)
     open_modules(root)
     return root
 
@@ -267,19 +267,6 @@ def copied(model: nn.Module) -> nn.Module:
     made = deep_copy(model, {id(value): value.detach().clone() for value in computed})
     settle_activations(model, made)
     return made
-
-
-def _settle_parametrizations(root: nn.Module) -> None:
-    """Replace computed weights (weight norm, ...) by their value: static weights stay static."""
-    for module in [m for m in root.modules() if parametrize.is_parametrized(m)]:
-        with torch.no_grad():
-            values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]  # is_parametrized() said so
-        # Not remove_parametrizations(): it changes the class, which a copy shares with the user's
-        # own module.
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module._modules["parametrizations"]
-        for name, value in values.items():
-            module.register_parameter(name, nn.Parameter(value))
 
 
 def _line(error: Exception) -> str:

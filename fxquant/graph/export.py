@@ -11,18 +11,23 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
-from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import TraceError
 from fxquant.graph.export_rebuild import Rebuild
+from fxquant.lazy import lazy_module
 
-_SYMBOLIC_SHAPES: Final[Any] = symbolic_shapes
+if TYPE_CHECKING:
+    from torch import export as exporting
+    from torch.export import ExportedProgram
+else:
+    exporting = lazy_module("torch.export")
+
+_SYMBOLIC_SHAPES: Final[Any] = lazy_module("torch.fx.experimental._config")
 
 
 def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -56,7 +61,7 @@ def _export(
     sizes = {name: pytree.tree_map(_any_size, value) for name, value in given.items()}
     with _settings(model.training):
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+            return exporting.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
         # Anything may go wrong inside a user's forward that is fed tensors without values; all of
         # it means the same: this model cannot be exported.
         except Exception as error:
@@ -68,7 +73,7 @@ def _export(
 def _any_size(value: Any) -> dict[int, Any] | None:
     if not isinstance(value, torch.Tensor):
         return None
-    return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
+    return dict.fromkeys(range(value.dim()), exporting.Dim.AUTO)
 
 
 @contextlib.contextmanager

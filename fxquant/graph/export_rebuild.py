@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
-from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import TraceError
@@ -23,7 +21,11 @@ from fxquant.graph.export_conditions import check_conditions, check_value, read_
 from fxquant.graph.export_places import Places
 from fxquant.graph.table_aten import first_of_two
 
-_TENSORS: Final = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.export.graph_signature import InputSpec
+
+_TENSORS: Final = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 
@@ -79,9 +81,9 @@ class Rebuild:
         specs = self.program.graph_signature.input_specs
         leaves: list[Any] = []
         for node, spec in zip(_placeholders(self.program.graph), specs, strict=True):
-            if spec.kind is InputKind.USER_INPUT:
+            if spec.kind.name == "USER_INPUT":
                 leaves.append(_Leaf(node, spec))
-            elif spec.kind in _TENSORS and spec.target is not None:
+            elif spec.kind.name in _TENSORS and spec.target is not None:
                 self.paths[node] = self._path(spec)
             else:
                 raise TraceError(f"the exported model takes {spec.kind.name} %{node.name}")
@@ -150,7 +152,7 @@ class Rebuild:
 
     def _path(self, spec: InputSpec) -> str:
         path = str(spec.target)
-        if spec.kind is InputKind.CONSTANT_TENSOR:
+        if spec.kind.name == "CONSTANT_TENSOR":
             value = self.program.constants[path]
             if self.places.tensor(path) is not value:
                 path = path.replace(".", "_")
@@ -186,11 +188,11 @@ class Rebuild:
         args = self._settled(node.args)
         if node.target is operator.getitem and isinstance(args[0], tuple):
             self.values[node] = args[0][args[1]]  # the result of an inlined graph
-        elif node.target in _SAME_TENSOR:
+        elif str(node.target) in _SAME_TENSOR:
             self.values[node] = args[0]
-        elif node.target in _ASSERTIONS:
+        elif str(node.target) in _ASSERTIONS:
             self._new(node, "call_function", check_value, args[:2], "check_value")
-        elif node.target not in _NOTES_TO_EXPORT:
+        elif str(node.target) not in _NOTES_TO_EXPORT:
             single = first_of_two(node.target) if _reads_first_only(node) else None
             made = self._new(node, "call_function", single or node.target, args, node.name)
             if single is not None:
@@ -200,7 +202,7 @@ class Rebuild:
 
     def _inline(self, node: fx.Node) -> None:
         """``with torch.no_grad():`` and ``with torch.autocast(...):`` are calls of a graph."""
-        if node.target not in _WRAPPERS:
+        if str(node.target) not in _WRAPPERS:
             raise TraceError(f"{node.target} holds graphs of its own, which cannot be quantized")
         inner = next(i for i, a in enumerate(node.args) if _is_graph(a, self.values))
         body: fx.GraphModule = self.values[node.args[inner]]  # type: ignore[index]  # the first argument of such a call is a node
@@ -221,7 +223,7 @@ class Rebuild:
         changed = [
             spec.target
             for spec in self.program.graph_signature.output_specs
-            if spec.kind is not OutputKind.USER_OUTPUT
+            if spec.kind.name != "USER_OUTPUT"
         ]
         if changed:
             raise TraceError(f"forward stores {changed[0]} in the model in every call")
@@ -255,8 +257,8 @@ class _Leaf:
 
     def __init__(self, node: fx.Node, spec: InputSpec) -> None:
         self.node = node
-        self.is_plain = isinstance(spec.arg, ConstantArgument)
-        self.plain = spec.arg.value if isinstance(spec.arg, ConstantArgument) else None
+        self.is_plain = type(spec.arg).__name__ == "ConstantArgument"
+        self.plain: Any = getattr(spec.arg, "value", None)
 
 
 def check_plain(value: Any, expected: Any, name: str) -> None:
@@ -308,15 +310,11 @@ _HOOKS: Final = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-_ATEN: Final = torch.ops.aten
-_WRAPPERS: Final = (
-    torch.ops.higher_order.wrap_with_set_grad_enabled,
-    torch.ops.higher_order.wrap_with_autocast,
-)
-_SAME_TENSOR: Final = (_ATEN.detach.default, _ATEN.detach_.default, _ATEN.alias.default)
-_ASSERTIONS: Final = (_ATEN._assert_scalar.default, _ATEN._assert_async.msg)
+_WRAPPERS: Final = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_SAME_TENSOR: Final = ("aten.detach.default", "aten.detach_.default", "aten.alias.default")
+_ASSERTIONS: Final = ("aten._assert_scalar.default", "aten._assert_async.msg")
 _NOTES_TO_EXPORT: Final = (
-    _ATEN.sym_constrain_range.default,
-    _ATEN.sym_constrain_range_for_size.default,
-    _ATEN._assert_tensor_metadata.default,
+    "aten.sym_constrain_range.default",
+    "aten.sym_constrain_range_for_size.default",
+    "aten._assert_tensor_metadata.default",
 )

@@ -11,13 +11,14 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import KEY
 from fxquant.graph.ops import Kind, Op, Spelling
 from fxquant.graph.table_activations import ACTIVATION
 from fxquant.graph.table_arith import ARITHMETIC
-from fxquant.graph.table_aten import with_aten
+from fxquant.graph.table_aten import AtenSpellings
 from fxquant.graph.table_averages import AVERAGES
 from fxquant.graph.table_entry import entry, sig
 from fxquant.graph.table_joins import JOINS
@@ -62,7 +63,7 @@ def _spelled(
     return found
 
 
-_WRITTEN: Final = (
+OPS: Final = (
     *WEIGHTED,
     *NORMS,
     *ACTIVATION,
@@ -77,12 +78,12 @@ _WRITTEN: Final = (
     *POOLS,
     *AVERAGES,
 )
-OPS: Final = with_aten(_WRITTEN)
 _NAMES: Final = _named(OPS)
 _FUNCTIONS: Final = _spelled(OPS, lambda op: op.functions)
 _METHODS: Final = _spelled(OPS, lambda op: op.methods)
 _ATTRIBUTES: Final = _spelled(OPS, lambda op: op.attributes)
 _MODULES: Final = {cls: op for op in OPS for cls in op.modules}
+_ATEN: Final = AtenSpellings(OPS)
 _TARGETS: Final[dict[Callable[..., Any], Op]] = {
     **{op.target: op for op in OPS if op.target is not None},
     # Once weights are integers an op with parameters is a call of its function.
@@ -111,6 +112,8 @@ def op_names() -> tuple[str, ...]:
 
 def function_spellings(function: object) -> tuple[tuple[Op, Spelling], ...]:
     """What a function may spell; which, its arguments say. Empty if the table does not know it."""
+    if isinstance(function, OpOverload):
+        return _ATEN.of(function)
     try:
         return _FUNCTIONS.get(function, ())
     except TypeError:  # unhashable callables are nobody's spelling

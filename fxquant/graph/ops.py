@@ -45,11 +45,13 @@ class Spelling:
         inplace: whether it overwrites its first argument.
         read: from its own arguments to the canonical ones; ``None`` says that this call, by the
             kind of its arguments, spells another op (``torch.max`` is three).
+        absorb: as for :class:`Op`, for arguments that this spelling alone has.
     """
 
     signature: inspect.Signature
     inplace: bool = False
     read: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    absorb: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def bind(
             return Unreadable(f"it is no call of {op.name}")
         values = found
     for name in [n for n in values if n not in op.signature.parameters]:
-        allowed = op.absorb.get(name, _SWITCHES.get(name, ()))
+        allowed = (*op.absorb.get(name, _SWITCHES.get(name, ())), *spelling.absorb.get(name, ()))
         value = values.pop(name)
         if isinstance(value, Node) or not any(value is a or value == a for a in allowed):
             return Unreadable(f"{op.name} has no canonical form with {name}={value!r}")

@@ -1,19 +1,18 @@
 """Op table: ATen overloads as spellings, so that exported graphs read like traced ones.
 
-Most are read off ATen's own schemas: an overload whose parameters are those of the op, under the
+Most are read off ATen's own schemas, when a graph first holds them: an overload whose parameters are those of the op, under the
 same names, spells it. What ATen says in another way stands in the tables below.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
 from fxquant.graph.ops import Function, Kind, Op, Spelling
 from fxquant.graph.table_entry import sig
@@ -21,29 +20,42 @@ from fxquant.graph.table_entry import sig
 Arguments = dict[str, Any]
 
 
-def with_aten(ops: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The same ops, with the ATen overloads that spell them.
+class AtenSpellings:
+    """The ATen spellings of the ops of a table; each is worked out when it is first asked for.
 
     Args:
         ops: records of the op table.
     """
-    return tuple(_extended(op) for op in ops)
 
+    def __init__(self, ops: tuple[Op, ...]) -> None:
+        self._ops: dict[str, list[Op]] = {}
+        self._found: dict[OpOverload, tuple[tuple[Op, Spelling], ...]] = {}
+        for op in ops:
+            if op.target is None and op.build is None:
+                continue
+            for name in dict.fromkeys((op.name, *_written(op), *_OTHER_NAMES.get(op.name, ()))):
+                self._ops.setdefault(name, []).append(op)
+        self._named = {op.name: op for op in ops}
 
-def _extended(op: Op) -> Op:
-    if op.target is None and op.build is None:
-        return op
-    absorb = dict(op.absorb)
-    found: dict[Function, Spelling] = {}
-    for name in dict.fromkeys((op.name, *_written(op), *_OTHER_NAMES.get(op.name, ()))):
-        for overload in (*_overloads(name), *_overloads(f"{name}_")):
-            spelling = _spelling(op, overload, absorb)
-            if spelling is not None and overload not in {*op.functions, *_TAKEN}:
-                found[overload] = spelling
-    for function, like, read in _OTHER_WORDS.get(op.name, ()):
-        found[function] = Spelling(sig(like), read=read)
-    # The op's own functions stay first: convert calls the first.
-    return dataclasses.replace(op, functions={**op.functions, **found}, absorb=absorb)
+    def of(self, overload: OpOverload) -> tuple[tuple[Op, Spelling], ...]:
+        """What ``overload`` spells: nothing, or an op and how to read its arguments."""
+        if overload not in self._found:
+            self._found[overload] = tuple(self._read(overload))
+        return self._found[overload]
+
+    def _read(self, overload: OpOverload) -> Iterator[tuple[Op, Spelling]]:
+        other = _OTHER_WORDS.get(str(overload))
+        if other is not None:
+            name, like, read = other
+            yield self._named[name], Spelling(sig(like), read=read)
+            return
+        namespace, _, name = overload._schema.name.partition("::")
+        if namespace != "aten":
+            return
+        for op in self._ops.get(name) or self._ops.get(name.rstrip("_"), []):
+            spelling = _spelling(op, overload)
+            if spelling is not None:
+                yield op, spelling
 
 
 def _written(op: Op) -> Iterator[str]:
@@ -54,15 +66,8 @@ def _written(op: Op) -> Iterator[str]:
         yield method.rstrip("_")
 
 
-def _overloads(name: str) -> Iterator[OpOverload]:
-    packet = getattr(torch.ops.aten, name, None)
-    if isinstance(packet, OpOverloadPacket):
-        for overload in packet.overloads():
-            yield getattr(packet, overload)
-
-
-def _spelling(op: Op, overload: OpOverload, absorb: dict[str, Any]) -> Spelling | None:
-    """How ``overload`` spells ``op``, if it does; what more it can say goes to ``absorb``."""
+def _spelling(op: Op, overload: OpOverload) -> Spelling | None:
+    """How ``overload`` spells ``op``, if it does."""
     schema = overload._schema
     if any(argument.is_out for argument in schema.arguments) or not _fits(op, overload):
         return None
@@ -71,11 +76,14 @@ def _spelling(op: Op, overload: OpOverload, absorb: dict[str, Any]) -> Spelling 
     if any(name not in named for name in required):
         return None
     extra = [a for name, a in named.items() if name not in op.signature.parameters]
-    if any(not (a.has_default_value() or a.name in _SWITCHES or a.name in absorb) for a in extra):
+    said = {*_SWITCHES, *op.absorb}
+    if any(not a.has_default_value() and a.name not in said for a in extra):
         return None
-    for argument in (a for a in extra if a.has_default_value() or a.name in _SWITCHES):
-        values = _SWITCHES.get(argument.name) or (_default(op, argument),)
-        absorb[argument.name] = (*absorb.get(argument.name, ()), *values)
+    absorb = {
+        a.name: _SWITCHES.get(a.name) or (_default(op, a),)
+        for a in extra
+        if a.has_default_value() or a.name in _SWITCHES
+    }
     parameters = [
         inspect.Parameter(
             name,
@@ -89,7 +97,7 @@ def _spelling(op: Op, overload: OpOverload, absorb: dict[str, Any]) -> Spelling 
         for name, argument in named.items()
     ]
     read = _READERS.get(op.name)
-    return Spelling(inspect.Signature(parameters), inplace=writes_first(overload), read=read)
+    return Spelling(inspect.Signature(parameters), writes_first(overload), read, absorb)
 
 
 def _fits(op: Op, overload: OpOverload) -> bool:
@@ -236,76 +244,66 @@ def _interpolated(mode: str, aligns: bool) -> Callable[[Arguments], Arguments]:
 _RESIZE = lambda input, output_size, scale_factors=None: None
 _ALIGNED_RESIZE = lambda input, output_size, align_corners=False, scale_factors=None: None
 
-_ATEN: Final = torch.ops.aten
-_Other = tuple[Function, Callable[..., Any], Callable[[Arguments], Arguments]]
+_Other = tuple[str, Callable[..., Any], Callable[[Arguments], Arguments]]
 
-_OTHER_WORDS: Final[Mapping[str, tuple[_Other, ...]]] = {
-    "getitem": (
-        (_ATEN.slice.Tensor, lambda input, dim=0, start=None, end=None, step=1: None, _sliced),
-        (_ATEN.select.int, lambda input, dim, index: None, _selected),
-        (_ATEN.index.Tensor, lambda input, indices: None, _indexed),
+_OTHER_WORDS: Final[Mapping[str, _Other]] = {
+    "aten.slice.Tensor": (
+        "getitem",
+        lambda input, dim=0, start=None, end=None, step=1: None,
+        _sliced,
     ),
-    "tensordot": (
-        (
-            _ATEN.tensordot.default,
-            lambda a, b, own, others: None,
-            lambda given: {
-                "a": given["a"],
-                "b": given["b"],
-                "dims": (given["own"], given["others"]),
-            },
-        ),
+    "aten.select.int": ("getitem", lambda input, dim, index: None, _selected),
+    "aten.index.Tensor": ("getitem", lambda input, indices: None, _indexed),
+    "aten.tensordot.default": (
+        "tensordot",
+        lambda a, b, own, others: None,
+        lambda given: {"a": given["a"], "b": given["b"], "dims": (given["own"], given["others"])},
     ),
-    "tensor_split": (
-        (_ATEN.tensor_split.sections, lambda input, sections, dim=0: None, _cut_at("sections")),
-        (_ATEN.tensor_split.indices, lambda input, indices, dim=0: None, _cut_at("indices")),
+    "aten.tensor_split.sections": (
+        "tensor_split",
+        lambda input, sections, dim=0: None,
+        _cut_at("sections"),
     ),
-    "hsplit": (
-        (_ATEN.hsplit.int, lambda input, sections: None, _cut_at("sections")),
-        (_ATEN.hsplit.array, lambda input, indices: None, _cut_at("indices")),
+    "aten.tensor_split.indices": (
+        "tensor_split",
+        lambda input, indices, dim=0: None,
+        _cut_at("indices"),
     ),
-    "power_of": (
-        (
-            _ATEN.pow.Scalar,
-            lambda base, exponent: None,
-            lambda given: {"input": given["exponent"], "base": given["base"]},
-        ),
+    "aten.hsplit.int": ("hsplit", lambda input, sections: None, _cut_at("sections")),
+    "aten.hsplit.array": ("hsplit", lambda input, indices: None, _cut_at("indices")),
+    "aten.pow.Scalar": (
+        "power_of",
+        lambda base, exponent: None,
+        lambda given: {"input": given["exponent"], "base": given["base"]},
     ),
-    "interpolate": (
-        *(
-            (overload.vec, _RESIZE, _interpolated(mode, aligns=False))
-            for overload, mode in (
-                (_ATEN.upsample_nearest1d, "nearest"),
-                (_ATEN.upsample_nearest2d, "nearest"),
-                (_ATEN.upsample_nearest3d, "nearest"),
-                (_ATEN._upsample_nearest_exact1d, "nearest-exact"),
-                (_ATEN._upsample_nearest_exact2d, "nearest-exact"),
-                (_ATEN._upsample_nearest_exact3d, "nearest-exact"),
-            )
-        ),
-        *(
-            (overload.vec, _ALIGNED_RESIZE, _interpolated(mode, aligns=True))
-            for overload, mode in (
-                (_ATEN.upsample_linear1d, "linear"),
-                (_ATEN.upsample_bilinear2d, "bilinear"),
-                (_ATEN.upsample_trilinear3d, "trilinear"),
-                (_ATEN.upsample_bicubic2d, "bicubic"),
-            )
-        ),
-    ),
+    **{
+        f"aten.{name}{rank}d.vec": ("interpolate", _RESIZE, _interpolated(mode, aligns=False))
+        for name, mode in (
+            ("upsample_nearest", "nearest"),
+            ("_upsample_nearest_exact", "nearest-exact"),
+        )
+        for rank in (1, 2, 3)
+    },
+    **{
+        f"aten.upsample_{mode}{rank}d.vec": (
+            "interpolate",
+            _ALIGNED_RESIZE,
+            _interpolated(mode, aligns=True),
+        )
+        for mode, rank in (("linear", 1), ("bilinear", 2), ("trilinear", 3), ("bicubic", 2))
+    },
 }
+"""Overload to the op it spells, how it is called, and how its arguments are read."""
 
-_TAKEN: Final = frozenset(row[0] for rows in _OTHER_WORDS.values() for row in rows)
-
-_FIRST_OF_TWO: Final[Mapping[OpOverload, Function]] = {
-    _ATEN.adaptive_max_pool1d.default: F.adaptive_max_pool1d,
-    _ATEN.adaptive_max_pool2d.default: F.adaptive_max_pool2d,
-    _ATEN.adaptive_max_pool3d.default: F.adaptive_max_pool3d,
-    _ATEN.max_pool2d_with_indices.default: torch.max_pool2d,
-    _ATEN.max_pool3d_with_indices.default: torch.max_pool3d,
+_FIRST_OF_TWO: Final[Mapping[str, Function]] = {
+    "aten.adaptive_max_pool1d.default": F.adaptive_max_pool1d,
+    "aten.adaptive_max_pool2d.default": F.adaptive_max_pool2d,
+    "aten.adaptive_max_pool3d.default": F.adaptive_max_pool3d,
+    "aten.max_pool2d_with_indices.default": torch.max_pool2d,
+    "aten.max_pool3d_with_indices.default": torch.max_pool3d,
 }
 
 
 def first_of_two(target: object) -> Function | None:
     """The function that gives the first result of an ATen overload whose second nobody reads."""
-    return _FIRST_OF_TWO.get(target) if isinstance(target, OpOverload) else None
+    return _FIRST_OF_TWO.get(str(target)) if isinstance(target, OpOverload) else None

@@ -8,6 +8,7 @@ Only results no larger than the tensors they are made from: an expanded table st
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -18,13 +19,11 @@ from torch.fx.node import map_arg
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
-from fxquant.graph.op_table import function_spelling, method_spelling
-from fxquant.graph.ops import Kind
+from fxquant.graph.op_table import function_spelling, module_of
+from fxquant.graph.rehearsal import rehearse
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
 from fxquant.passes.base import Pass
-
-_PURE: Final = (Kind.UNARY, Kind.MOVE, Kind.JOIN, Kind.ARITH, Kind.FLOAT, Kind.SPLIT, Kind.SHAPE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class FoldConstants(Pass):
                 held = _held(editor, node)
                 if isinstance(held, Tensor) and not held.is_meta and not info(node).pinned:
                     values[node] = held
-            elif _foldable(node, values):
+            elif _foldable(node, values) and rehearse(node, values):
                 values[node] = _evaluate(node, values)
         for node, value in list(values.items()):
             outside = [user for user in node.users if user not in values]
@@ -60,7 +59,21 @@ class FoldConstants(Pass):
             )
             path = editor.add_buffer(f"{info(node).path or node.name}_folded", held)
             made = editor.get_attr(path, like=node, before=node)
+            sources = list(flat_nodes((node.args, dict(node.kwargs))))
             editor.replace(node, made)
+            _erase_unread(editor, sources)
+
+
+def _erase_unread(editor: Editor, nodes: list[Node]) -> None:
+    """Take out what was computed for the folded value alone."""
+    todo = list(dict.fromkeys(nodes))
+    while todo:
+        node = todo.pop()
+        if node.users or node.op == "placeholder" or node.graph is not editor.graph:
+            continue
+        more = dict.fromkeys(flat_nodes((node.args, dict(node.kwargs))))
+        editor.erase(node)
+        todo.extend(source for source in more if source not in todo)
 
 
 def _held(editor: Editor, node: Node) -> Any:
@@ -70,41 +83,59 @@ def _held(editor: Editor, node: Node) -> Any:
     return found
 
 
-def _foldable(node: Node, values: dict[Node, Any]) -> bool:
+_PURE_MODULES: Final = ("torch", "_operator", "math", "builtins", "fxquant.graph")
+"""Where functions come from whose calls may be made ahead of time."""
+
+
+def _foldable(node: Node, values: Mapping[Node, Any]) -> bool:
+    """Whether the call depends on constants alone, and on nothing that may change."""
     sources = list(flat_nodes((node.args, dict(node.kwargs))))
-    if not sources or info(node).pinned or not all(source in values for source in sources):
+    if info(node).pinned or not all(source in values for source in sources):
         return False
-    if node.op == "call_function":
-        if node.target is builtins.getattr:
-            return True
-        found = function_spelling(node.target)
-    elif node.op == "call_method":
-        found = method_spelling(str(node.target))
-    else:
+    if node.op == "call_method":
+        name = str(node.target)
+        return not name.endswith("_") or name.endswith("__")
+    if node.op == "call_module":
+        module = module_of(node)
+        standard = type(module).__module__.startswith("torch.nn.modules.")
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        return bool(sources) and standard and not hooked and not module.training
+    if node.op != "call_function":
         return False
-    if found is None or found[1].inplace or node.kwargs.get("inplace"):
+    if node.target is builtins.getattr:
+        return bool(sources)
+    found = function_spelling(node.target)
+    if found is not None and (found[1].inplace or node.kwargs.get("inplace")):
         return False
-    return found[0].kind in _PURE and found[0].name != "dropout"
+    home = str(getattr(node.target, "__module__", None) or "torch")
+    return any(home == name or home.startswith(f"{name}.") for name in _PURE_MODULES)
 
 
-def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
+def _evaluate(node: Node, values: Mapping[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     with torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function has a function
+        called = module_of(node) if node.op == "call_module" else node.target
+        return called(*args, **kwargs)  # type: ignore[operator]  # a function or a module
 
 
-def _worth(node: Node, value: Any, values: dict[Node, Any]) -> bool:
+def _worth(node: Node, value: Any, values: Mapping[Node, Any]) -> bool:
     """A tensor that is no larger than what it is made from, directly or not."""
     if not isinstance(value, Tensor):
         return False
-    todo: list[Node] = [node]
-    leaves: dict[Node, int] = {}
+    given: int = sum(values[leaf].numel() for leaf in _leaves(node, values))
+    return value.numel() <= given
+
+
+def _leaves(node: Node, values: Mapping[Node, Any]) -> Iterator[Node]:
+    """The tensors that a value is made from: the model's own, and those made of nothing."""
+    todo, seen = [node], {node: None}
     while todo:
-        for source in flat_nodes((todo[-1].args, dict(todo.pop().kwargs))):
-            if source.op == "get_attr":
-                leaves[source] = values[source].numel()
-            else:
-                todo.append(source)
-    return value.numel() <= sum(leaves.values())
+        each = todo.pop()
+        sources = dict.fromkeys(flat_nodes((each.args, dict(each.kwargs))))
+        if not sources and isinstance(values[each], Tensor):
+            yield each
+        fresh = [source for source in sources if source not in seen]
+        seen.update(dict.fromkeys(fresh))
+        todo.extend(fresh)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
 from fxquant.graph.chain import UnaryChain
 from fxquant.graph.info import info
@@ -106,8 +105,6 @@ class Cell:
 def _cells() -> Iterator[Cell]:
     for op in OPS:
         for function, spelling in op.functions.items():
-            if isinstance(function, OpOverload):
-                continue  # what torch.export writes, not users: test_table_aten
             if isinstance(function, types.MethodDescriptorType):
                 continue  # torch.Tensor.expand(x): torch.fx cannot trace it, users write x.expand
             styles = _styles(op, function, spelling)

@@ -171,12 +171,6 @@ def test_every_resize_is_interpolate(mode: str, given: dict[str, Any]) -> None:
     check_eager(model, found, x)
 
 
-def test_the_canonical_function_stays_first() -> None:
-    """Convert calls the first function of an op with parameters."""
-    for op in (op_named("conv2d"), op_named("linear")):
-        assert not isinstance(next(iter(op.functions)), OpOverload)
-
-
 def test_a_dropout_left_on_stays() -> None:
     model = One(lambda m, x: F.dropout(x, 0.5, True))
     found = exported(model, torch.ones(4, 4))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
+from fxquant.graph.export import export_graph
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.functionalize import Functionalize
@@ -57,3 +58,59 @@ def test_a_tensor_that_is_written_in_place_is_no_constant() -> None:
     module = run(capture(model).module, Functionalize(), FoldConstants(), Canonicalize())
     x = torch.ones(3)
     assert [float(module(x).sum()) for _ in range(2)] == [6.0, 12.0]
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, unbiased=False)
+        return F.conv2d(x, (self.weight - mean) / torch.sqrt(variance + 1e-5), self.bias)
+
+
+class NormedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        normed = F.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return F.conv2d(x, normed.reshape_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("make", [StandardisedConv, NormedConv])
+def test_weights_standardised_in_forward(make: Callable[..., nn.Module]) -> None:
+    model, x = make(3, 4, 3).eval(), torch.randn(2, 3, 6, 6)
+    module = run(capture(model, (x,)).module, Functionalize(), FoldConstants(), Canonicalize())
+    assert names(module) == ["conv2d"]
+    assert len(list(module.parameters())) == 2, "the weight it is made from is still there"
+    check_eager(model, module, x)
+
+
+def test_what_is_made_of_nothing_is_made_once_if_it_is_small() -> None:
+    x = torch.randn(2, 3)
+    model = One(lambda m, x: x * torch.arange(3) + torch.zeros(10**9, dtype=torch.int8)[:3])
+    graph = export_graph(model, (x,), {})
+    module = run(graph, Functionalize(), FoldConstants(), Canonicalize())
+    assert "arange.default" not in names(module)
+    assert "zeros.default" in names(module), "a billion zeros must not be made ahead of time"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: x + torch.rand_like(m.row),
+        lambda m, x: x + torch.bernoulli(m.row.sigmoid()),
+        lambda m, x: x + torch.empty_like(m.row).fill_(1.0),
+        lambda m, x: x + m.row.repeat(10_000_000).mean(),
+    ],
+)
+def test_what_must_not_be_computed_ahead(body: Body) -> None:
+    model, x = One(body, row=nn.Parameter(torch.randn(3))), torch.randn(2, 3)
+    state = torch.get_rng_state()
+    module = run(capture(model, (x,)).module, Functionalize(), FoldConstants())
+    assert len(names(module)) > 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_layer_that_reads_a_constant_is_folded_with_it() -> None:
+    parts: dict[str, Any] = {"row": nn.Parameter(torch.randn(8, 3)), "part": nn.Linear(3, 4)}
+    model, x = One(lambda m, x: x + m.part(m.row)[:1], **parts).eval(), torch.randn(2, 4)
+    module = run(capture(model, (x,)).module, Functionalize(), FoldConstants(), Canonicalize())
+    assert names(module) == ["add"]
+    check_eager(model, module, x)

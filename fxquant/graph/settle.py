@@ -1,0 +1,77 @@
+"""Weights that modules compute anew in every call, replaced by their values in a copy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormStateDictHook
+from torch.nn.utils.weight_norm import WeightNorm
+
+_COMPUTES_A_WEIGHT: Final = (WeightNorm, SpectralNorm)
+
+
+def settle(root: nn.Module) -> None:
+    """Make static what is static in eval mode: weight norm, spectral norm, parametrizations.
+
+    Compiled modules inside are replaced by the modules they were compiled from.
+
+    Args:
+        root: a copy of the user's model, in eval mode; changed in place.
+    """
+    for module in list(root.modules()):
+        for name, child in list(module.named_children()):
+            setattr(module, name, uncompiled(child))
+    for module in list(root.modules()):
+        _settle_hooks(module)
+        if parametrize.is_parametrized(module):
+            _settle_parametrizations(module)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given; any other module is returned as it is."""
+    # Nobody has compiled anything while this is not loaded, and it takes a second to load.
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    while frames is not None and isinstance(module, frames.OptimizedModule):
+        module = module._orig_mod
+    return module
+
+
+def computes_a_weight(hook: object) -> bool:
+    """Whether a forward pre-hook belongs to ``nn.utils.weight_norm`` or ``spectral_norm``."""
+    return isinstance(hook, _COMPUTES_A_WEIGHT)
+
+
+def _settle_hooks(module: nn.Module) -> None:
+    """The older ``nn.utils.weight_norm`` computes the weight in a forward pre-hook."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, _COMPUTES_A_WEIGHT):
+            with torch.no_grad():
+                hook(module, ())
+            value = getattr(module, hook.name)
+            hook.remove(module)
+            del module._forward_pre_hooks[key]
+            _put(module, hook.name, value)
+    for key, saver in list(module._state_dict_hooks.items()):
+        if isinstance(saver, SpectralNormStateDictHook):
+            del module._state_dict_hooks[key]
+
+
+def _settle_parametrizations(module: nn.Module) -> None:
+    with torch.no_grad():
+        values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]
+    # Not remove_parametrizations(): it changes the class, which a copy shares with the user's
+    # own module.
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        _put(module, name, value)
+
+
+def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    module._parameters.pop(name, None)
+    module.__dict__.pop(name, None)
+    module.register_parameter(name, nn.Parameter(value.detach().clone()))
