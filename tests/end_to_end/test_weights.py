@@ -56,7 +56,7 @@ class Masked(Net):
 
 def sqnr(exact: Tensor, found: Tensor) -> float:
     """Signal to noise in dB."""
-    exact = exact.detach()
+    exact, found = exact.detach(), found.detach()
     return 10 * math.log10(float(exact.square().sum() / (exact - found).square().sum()))
 
 
