@@ -25,13 +25,10 @@ SAME_LABELS: Final = 0.8
 GENERIC: Final = ("", "nothing decided", "float", "unknown", "not supported", "unsupported")
 
 WAITING: Final[dict[str, str]] = {
-    "yolo": "capture",
     "swin": "capture",
     "vit_timm": "capture",
     "early_exit": "capture",
     "value_dependent_gate": "capture",
-    "list_in_list_out": "capture",
-    "keyword_forward": "capture",
     "hf_bert": "capture",
     "hf_bert_classifier": "capture",
     "hf_bert_ids_only": "capture",
@@ -44,10 +41,7 @@ WAITING: Final[dict[str, str]] = {
     "hf_t5_encoder": "capture",
     "hf_vit": "capture",
     "hf_swin": "capture",
-    "hf_convnext": "capture",
-    "hf_resnet": "capture",
     "hf_whisper_encoder": "capture",
-    "dict_in_dict_out": "inputs in containers",
     "tied_autoencoder": "weights",
     "computed_weights": "weights",
     "graph_convolution": "matmul",
