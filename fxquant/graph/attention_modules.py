@@ -17,23 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.graph.attention_ops import append_row, attention_mask, attention_weights
+from fxquant.graph.layers import linear_of
+from fxquant.graph.recurrent_cells import CELLS
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer over the given tensors themselves; views become constants of their own.
-
-    Args:
-        weight: float ``[out, in]``; a parameter stays the caller's own.
-        bias: float ``[out]`` or ``None``.
-    """
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
-        made.register_parameter(name, tensor)
-    return made
 
 
 class _Attention(nn.MultiheadAttention):
@@ -251,11 +238,12 @@ _OPEN: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.TransformerDecoder: _Decoder,
     nn.Transformer: _Transformer,
     nn.Bilinear: _Bilinear,
+    **CELLS,
 }
 
 
 def open_modules(root: nn.Module) -> None:
-    """Give attention and transformer modules of ``root`` a ``forward`` that can be traced.
+    """Give attention, transformers and recurrent cells of ``root`` a ``forward`` to trace.
 
     Args:
         root: a copy of the user's model, about to be traced; its modules change class, their

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxquant.graph.attention_modules import linear_of
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
+from fxquant.graph.layers import linear_of
 from fxquant.graph.op_table import argument, is_op, op_named, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.ranks import record_ranks

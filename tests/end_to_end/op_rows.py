@@ -222,10 +222,20 @@ _PRODUCTS: Final[dict[str, Row]] = {
         {"GRU": _DYNAMIC, "getitem": ""},
     ),
     "RNN, cells": Row(
-        (lambda m, x: m.rnn(x)[0], lambda m, x: m.cell(x[:, 0])),
+        (
+            lambda m, x: m.rnn(x)[0],
+            lambda m, x: m.gru(x[:, 0]),
+            lambda m, x: m.lstm(x[:, 0])[0],
+            lambda m, x: m.cell(x[:, 0], m.cell(x[:, 1])),
+        ),
         "rows",
-        lambda: {"rnn": nn.RNN(16, 12, batch_first=True), "cell": nn.GRUCell(16, 12)},
-        {"RNN": _DYNAMIC, "GRUCell": _DYNAMIC, "getitem": ""},
+        lambda: {
+            "rnn": nn.RNN(16, 12, batch_first=True),
+            "gru": nn.GRUCell(16, 12),
+            "lstm": nn.LSTMCell(16, 12),
+            "cell": nn.RNNCell(16, 12),
+        },
+        {"RNN": _DYNAMIC, "getitem": ""},
     ),
     "Embedding, EmbeddingBag": Row(
         (
