@@ -257,7 +257,10 @@ def _kind(value: Any) -> ValueKind:
     if isinstance(value, (*SCALARS, torch.device)):
         return "scalar"
     if isinstance(value, tuple | list):
-        return "tensors" if all(isinstance(item, Tensor) for item in value) else "sizes"
+        if all(isinstance(item, Tensor) for item in value):
+            return "tensors"
+        # What an LSTM returns is a tensor and a pair of them: neither.
+        return "sizes" if all(isinstance(item, SCALARS) for item in value) else "unknown"
     return "unknown"
 
 

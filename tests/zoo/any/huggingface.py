@@ -14,10 +14,10 @@ from tests.zoo.any.case import Case, Data, images, signals, tokens
 
 _TEXT = {
     "vocab_size": 80,
-    "hidden_size": 32,
+    "hidden_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 64,
+    "intermediate_size": 192,
     "max_position_embeddings": 40,
     "initializer_range": 0.2,
 }
@@ -54,17 +54,17 @@ def _new(model: Callable[..., nn.Module], config: Callable[..., Any], **options:
 _VISION = {
     "image_size": 32,
     "patch_size": 8,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 64,
+    "intermediate_size": 256,
     "initializer_range": 0.2,
 }
 
-_GPT2 = {"vocab_size": 80, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
+_GPT2 = {"vocab_size": 80, "n_positions": 40, "n_embd": 48, "n_layer": 2, "n_head": 4}
 _LLAMA = _TEXT | {"num_key_value_heads": 2, "use_cache": False}
-_T5 = {"vocab_size": 80, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]}
+_T5 = {"vocab_size": 80, "d_model": 48, "d_kv": 12, "d_ff": 192, "num_layers": 2, "num_heads": 4}
+_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depths": [2, 1], "num_heads": [2, 4]}
 _WHISPER = {
     "num_mel_bins": 16, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4,
     "encoder_ffn_dim": 64, "max_source_positions": 24,
@@ -80,6 +80,10 @@ def whisper_encoder() -> nn.Module:
 
 
 # torch itself cannot settle the -1 in the views of their attention for an empty batch
+_LONG = (
+    "torch's fused attention in float took less than two integer products and a softmax: measured, "
+    "the report has the figures; where sequences are as long as layers are wide, it is much"
+)
 _text = partial(Case, empty=False)
 CASES = {
     "hf_bert": _text(
@@ -97,7 +101,7 @@ CASES = {
     "hf_distilbert": _text(
         _new(
             hf.DistilBertForSequenceClassification, hf.DistilBertConfig,
-            vocab_size=80, dim=32, n_layers=2, n_heads=4, hidden_dim=64, initializer_range=0.2,
+            vocab_size=80, dim=48, n_layers=2, n_heads=4, hidden_dim=192, initializer_range=0.2,
         ),
         sentences(), 12, 16,
     ),
@@ -142,5 +146,7 @@ CASES = {
         ),
         named("pixel_values", images()), 64, 48,
     ),
-    "hf_whisper_encoder": _text(whisper_encoder, named("input_features", mel), 24),
+    "hf_whisper_encoder": _text(
+        whisper_encoder, named("input_features", mel), 24, macs=0.85, why=_LONG
+    ),
 }  # fmt: skip

@@ -80,7 +80,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, 4)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         mask = None
         if shift > 0:
             regions = torch.zeros((1, side, side, 1))
@@ -143,7 +143,7 @@ class PatchMerging(nn.Module):
 class Swin(nn.Module):
     """Two stages of one pair of blocks each."""
 
-    def __init__(self, dim: int = 16) -> None:
+    def __init__(self, dim: int = 48) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=4, stride=4)
         self.layers = nn.ModuleList(

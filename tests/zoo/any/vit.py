@@ -72,7 +72,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Class token, learned positions, the class token's feature out."""
 
-    def __init__(self, side: int = 32, dim: int = 32, depth: int = 2) -> None:
+    def __init__(self, side: int = 32, dim: int = 64, depth: int = 2) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(side, 8, dim)
         self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, dim))
@@ -100,7 +100,7 @@ class EncoderBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(dim)
         self.self_attention = nn.MultiheadAttention(dim, 4, dropout=0.1, batch_first=True)
         self.ln_2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, input: Tensor) -> Tensor:
         torch._assert(input.dim() == 3, f"Expected (batch, length, dim) got {input.shape}")
@@ -115,7 +115,7 @@ class EncoderBlock(nn.Module):
 class TorchvisionViT(nn.Module):
     """torchvision's spelling: _process_input, expand of the class token."""
 
-    def __init__(self, side: int = 32, dim: int = 32) -> None:
+    def __init__(self, side: int = 32, dim: int = 64) -> None:
         super().__init__()
         self.image_size, self.patch_size, self.hidden_dim = side, 8, dim
         self.conv_proj = nn.Conv2d(3, dim, kernel_size=8, stride=8)
@@ -150,10 +150,10 @@ class TorchvisionViT(nn.Module):
 class EncoderLayers(nn.Module):
     """nn.TransformerEncoder over features, mean over time."""
 
-    def __init__(self, dim: int = 32) -> None:
+    def __init__(self, dim: int = 64) -> None:
         super().__init__()
         self.embed = nn.Linear(12, dim)
-        layer = nn.TransformerEncoderLayer(dim, 4, 64, batch_first=True, activation="gelu")
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, batch_first=True, activation="gelu")
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(dim, 6)
 
