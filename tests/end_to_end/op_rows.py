@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
+
 Body = Callable[[Any, Any], Any]
 
 
@@ -29,6 +31,7 @@ class Row:
         given: what the bodies get: ``image``, ``rows``, ``signal``, ``volume`` or ``ids``.
         parts: makes the layers and parameters that the bodies use.
         floats: ops that may stay in float, each with a part of the reason that must be given.
+        asked: overrides; for what is faster in float as one kernel, and int8 only where asked for.
         ends: whether the result is the model's, because no layer can read it.
     """
 
@@ -36,6 +39,7 @@ class Row:
     given: str = "image"
     parts: Callable[[], dict[str, Any]] = dict
     floats: dict[str, str] = field(default_factory=dict)
+    asked: dict[Any, fxquant.QConfig] = field(default_factory=dict)
     ends: bool = False
 
 
@@ -103,7 +107,7 @@ def _other() -> dict[str, Any]:
 
 
 _INDEX: Final = torch.tensor([3, 1, 0, 2, 5])
-_SDPA: Final = {"softmax": "", "scaled_dot_product_attention": ""}
+_OPENED: Final = {F.scaled_dot_product_attention: fxquant.QConfig()}
 _DYNAMIC: Final = "dynamic"
 
 _LAYERS: Final[dict[str, Row]] = {
@@ -197,8 +201,7 @@ _PRODUCTS: Final[dict[str, Row]] = {
             ),
         ),
         "rows",
-        dict,
-        _SDPA,
+        asked=_OPENED,
     ),
     "nn.MultiheadAttention": Row(
         (
@@ -207,7 +210,8 @@ _PRODUCTS: Final[dict[str, Row]] = {
         ),
         "rows",
         _attention,
-        {"softmax": "", "scaled_dot_product_attention": "", "attention_weights": ""},
+        {"attention_weights": ""},
+        _OPENED,
     ),
     "LSTM": Row(
         (lambda m, x: m.rnn(x)[0],),

@@ -25,29 +25,12 @@ SAME_LABELS: Final = 0.8
 GENERIC: Final = ("", "nothing decided", "float", "unknown", "not supported", "unsupported")
 
 WAITING: Final[dict[str, str]] = {
-    "swin": "capture",
-    "vit_timm": "capture",
-    "early_exit": "capture",
-    "value_dependent_gate": "capture",
-    "hf_bert": "capture",
-    "hf_bert_classifier": "capture",
-    "hf_bert_ids_only": "capture",
-    "hf_roberta": "capture",
-    "hf_distilbert": "capture",
-    "hf_albert": "capture",
-    "hf_electra": "capture",
-    "hf_gpt2": "capture",
-    "hf_llama": "capture",
-    "hf_t5_encoder": "capture",
-    "hf_vit": "capture",
-    "hf_swin": "capture",
-    "hf_whisper_encoder": "capture",
-    "tied_autoencoder": "weights",
-    "computed_weights": "weights",
-    "graph_convolution": "matmul",
-    "dlrm": "matmul",
-    "vit_torchvision": "matmul",
-    "transformer_encoder": "matmul",
+    "early_exit": "a branch on values",
+    "value_dependent_gate": "a branch on values",
+    "swin": "int() of a size",
+    "hf_gpt2": "a guard on the batch size",
+    "hf_llama": "a guard on the batch size",
+    "tied_autoencoder": "a transposed weight",
 }
 """Models that cannot be quantized yet, and what is missing."""
 NAMES: Final = tuple(name for name in CASES if name not in WAITING)
