@@ -161,7 +161,9 @@ class Convert(Pass):
             narrow = QSpec(spec.dtype, 7, spec.symmetric, spec.granularity, spec.observer)
             qparams = weight_qparams(weight, narrow, axis)
             codes = quantize_weight(weight, qparams)
-        return codes, qparams.scale
+        # Codes take over the strides of what they stand for, and kernels pack memory as it lies: a
+        # transposed weight would be packed untransposed.
+        return codes.contiguous(), qparams.scale
 
     @staticmethod
     def _refuse(editor: Editor, node: Node) -> None:

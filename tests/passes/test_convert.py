@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
+import fxquant
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument
 from fxquant.numerics.affine import dequantize, dequantize_weight, quantize
@@ -205,3 +206,19 @@ def test_the_float_model_is_not_touched() -> None:
     converted(nn.Sequential(conv))
     assert torch.equal(conv.weight, before)
     assert conv.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["reference", "x86"])
+def test_weights_that_lie_in_memory_in_another_order(backend: str) -> None:
+    """A transposed linear and a convolution in channels-last order: kernels pack what lies there."""
+    linear, image = nn.Linear(6, 6), nn.Conv2d(4, 6, 3)
+    linear.weight = nn.Parameter(linear.weight.detach().t())
+    image = image.to(memory_format=torch.channels_last)
+    assert not linear.weight.is_contiguous() and not image.weight.is_contiguous()
+    model = nn.Sequential(image, nn.ReLU(), nn.Flatten(2), nn.Linear(16, 6), linear).eval()
+    data = [torch.randn(8, 4, 6, 6) for _ in range(2)]
+    quantized = fxquant.quantize(model, data, backend=backend)
+    with torch.no_grad():
+        wanted, found = model(data[0]), quantized(data[0])
+    # Three layers of 8 bits: some percent; a weight read in the wrong order gives 100.
+    assert float((wanted - found).norm() / wanted.norm()) < 0.05
