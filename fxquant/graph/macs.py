@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, function_spelling, module_of, op_of
@@ -47,7 +47,8 @@ def count_macs(node: Node, shape_of: ShapeOf) -> int | None:
         shape_of: the shape of the value of a node, ``None`` if it is not known.
 
     Returns:
-        ``None`` where a shape is not known, or how the module computes.
+        ``None`` where a shape is not known, or how the module computes. A module that stays the
+        user's own code counts 0 if it has no weights; products of what it is given are not seen.
     """
     if not multiplies(node):
         return 0
@@ -81,8 +82,16 @@ def _has_weights(node: Node) -> bool:
     module = module_of(node)
     if getattr(module, "is_observer", False) or isinstance(module, _LOOKS_UP):
         return False
-    torchs = type(module).__module__.startswith("torch.nn.")
-    return any(p.dim() > 1 for p in module.parameters()) or not torchs
+    return any(p.dim() > 1 for p in _own_parameters(module))
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those outside of graphs: pieces of a module that stays the user's code count themselves."""
+    if isinstance(module, GraphModule):
+        return
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        yield from _own_parameters(child)
 
 
 def _contraction(op: Op, node: Node, shape_of: ShapeOf) -> int | None:

@@ -30,7 +30,8 @@ class _Gates(nn.RNNCellBase):
         """Input and state weighted and added up; without a state only its bias is left."""
         weighted: Tensor = self.from_input(input)
         if state is not None:
-            return weighted + self.from_state(state)
+            more: Tensor = self.from_state(state)
+            return weighted + more
         bias = self._parameters["bias_hh"]
         return weighted if bias is None else weighted + self.bias_hh
 

@@ -107,6 +107,8 @@ def _other() -> dict[str, Any]:
 
 
 _INDEX: Final = torch.tensor([3, 1, 0, 2, 5])
+_SCORES: Final = {"attention_scores": "", "softmax": "", "unflatten": "", "transpose": ""}
+"""Between its two products, attention is float."""
 _OPENED: Final = {F.scaled_dot_product_attention: fxquant.QConfig()}
 _DYNAMIC: Final = "dynamic"
 
@@ -201,6 +203,7 @@ _PRODUCTS: Final[dict[str, Row]] = {
             ),
         ),
         "rows",
+        floats=_SCORES,
         asked=_OPENED,
     ),
     "nn.MultiheadAttention": Row(
@@ -210,7 +213,7 @@ _PRODUCTS: Final[dict[str, Row]] = {
         ),
         "rows",
         _attention,
-        {"attention_weights": ""},
+        {**_SCORES, "attention_weights": ""},
         _OPENED,
     ),
     "LSTM": Row(
@@ -559,10 +562,10 @@ _MOVES: Final[dict[str, Row]] = {
     ),
     "topk, argmax": Row(
         (
-            lambda m, x: torch.argmax(m.other(x), dim=1),
-            lambda m, x: m.other(x).argmax(1, keepdim=True),
-            lambda m, x: m.other(x).flatten(1).topk(3)[0],
-            lambda m, x: torch.topk(m.other(x), 2, dim=1).values,
+            lambda m, x: (torch.argmax(x, dim=1), m.other(x)),
+            lambda m, x: (x.argmax(1, keepdim=True), m.other(x)),
+            lambda m, x: m.other(x.topk(8, 1)[0]),
+            lambda m, x: m.other(torch.topk(x, 8, dim=1).values),
         ),
         parts=_other,
         ends=True,

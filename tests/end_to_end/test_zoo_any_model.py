@@ -25,12 +25,9 @@ SAME_LABELS: Final = 0.8
 GENERIC: Final = ("", "nothing decided", "float", "unknown", "not supported", "unsupported")
 
 WAITING: Final[dict[str, str]] = {
-    "early_exit": "a branch on values",
-    "value_dependent_gate": "a branch on values",
     "swin": "int() of a size",
     "hf_gpt2": "a guard on the batch size",
     "hf_llama": "a guard on the batch size",
-    "tied_autoencoder": "a transposed weight",
 }
 """Models that cannot be quantized yet, and what is missing."""
 NAMES: Final = tuple(name for name in CASES if name not in WAITING)

@@ -213,7 +213,8 @@ def test_weights_that_lie_in_memory_in_another_order(backend: str) -> None:
     """A transposed linear and a convolution in channels-last order: kernels pack what lies there."""
     linear, image = nn.Linear(6, 6), nn.Conv2d(4, 6, 3)
     linear.weight = nn.Parameter(linear.weight.detach().t())
-    image = image.to(memory_format=torch.channels_last)
+    weight = image.weight.detach().contiguous(memory_format=torch.channels_last)
+    image.weight = nn.Parameter(weight)
     assert not linear.weight.is_contiguous() and not image.weight.is_contiguous()
     model = nn.Sequential(image, nn.ReLU(), nn.Flatten(2), nn.Linear(16, 6), linear).eval()
     data = [torch.randn(8, 4, 6, 6) for _ in range(2)]
