@@ -6,7 +6,6 @@ the values of weights have equal states.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import operator
@@ -188,6 +187,14 @@ def _key(text: str) -> str:
 _INPUTS: Final = {"placeholder": "input", "get_attr": "attribute"}
 
 
+class _Refs(dict[Node, Ref]):
+    """One Ref a node, made when first asked for."""
+
+    def __missing__(self, node: Node) -> Ref:
+        made = self[node] = Ref(node.name)
+        return made
+
+
 Known: TypeAlias = dict[Node, tuple[tuple[object, ...], NodeState]]
 """States of nodes, each with all that it was read from."""
 
@@ -198,7 +205,8 @@ def graph_state(graph: Graph, known: Known | None = None) -> GraphState:
     Args:
         graph: any torch.fx graph, with or without fxquant's records.
         known: what an earlier call wrote here, or an empty dict to start with; nodes that are as
-            they were share their state, which saves time and memory.
+            they were share their state, which saves time and memory. (Passes replace modules
+            and never change them.)
 
     Example:
         >>> import torch.fx
@@ -208,26 +216,22 @@ def graph_state(graph: Graph, known: Known | None = None) -> GraphState:
     # One name a function and one Ref a node, however often they are used: a snapshot of a large
     # graph is made after every pass.
     targets: dict[int, str] = {}
-    refs: dict[Node, Ref] = {}
+    refs = _Refs()
     states = []
     for node in graph.nodes:
-        refs[node] = Ref(node.name)
         facts = (node.op, node.target, node.args, node.kwargs, info(node), _attached(node))
         old = known.get(node) if known is not None else None
         if old is not None and all(map(operator.is_, old[0], facts)):
-            state = old[1]
-            setup = _setup(facts[-1])
-            if state.setup != setup:  # a module that was changed where it stands
-                state = dataclasses.replace(state, setup=setup)
-        else:
-            state = _node_state(node, targets, refs)
+            states.append(old[1])
+            continue
+        state = _node_state(node, targets, refs)
         if known is not None:
             known[node] = (facts, state)
         states.append(state)
     return GraphState(tuple(states))
 
 
-def _node_state(node: Node, targets: dict[int, str], refs: dict[Node, Ref]) -> NodeState:
+def _node_state(node: Node, targets: dict[int, str], refs: _Refs) -> NodeState:
     record = info(node)
     target = node.target
     if isinstance(target, str):
@@ -318,7 +322,9 @@ def _attached(node: Node) -> Any:
         return None
     found: Any = owner
     for part in str(node.target).split("."):
-        found = getattr(found, part, None)
+        # Modules are found first where they are kept: asking for the attribute takes longer.
+        inner = found._modules.get(part) if isinstance(found, nn.Module) else None
+        found = getattr(found, part, None) if inner is None else inner
     return found
 
 
