@@ -94,9 +94,11 @@ class ShareScales(Pass):
                     groups.add(root, qtype)
                     groups.unite(node, root)
         sizes = Counter(groups.find(node) for node in groups.parent)
+        uneven = {groups.find(node) for node in groups.parent if not _is_even(info(node).qtype)}
         for node in groups.parent:
-            if sizes[groups.find(node)] > 1:
-                self._write(editor, node, groups)
+            head = groups.find(node)
+            if sizes[head] > 1:
+                self._write(editor, node, groups.span[head], even=head not in uneven)
         self._inherit(editor)
 
     @staticmethod
@@ -110,13 +112,12 @@ class ShareScales(Pass):
                     editor.annotate(node, decision=Decision(False, why, "share-scales"))
 
     @staticmethod
-    def _write(editor: Editor, node: Node, groups: _Groups) -> None:
-        head = groups.find(node)
+    def _write(editor: Editor, node: Node, span: tuple[float, float], *, even: bool) -> None:
         old = info(node).qtype
         if old is None:
             return
         with editor.rule("share-scale"):
-            editor.annotate(node, qtype=_spanning(*groups.span[head], old))
+            editor.annotate(node, qtype=_centred(*span, old) if even else _spanning(*span, old))
 
     @staticmethod
     def _inherit(editor: Editor) -> None:
@@ -143,12 +144,27 @@ def _same_codes(a: QType, b: QType) -> bool:
     return (a.dtype, a.quant_min, a.quant_max) == (b.dtype, b.quant_min, b.quant_max)
 
 
+def _middle(qtype: QType) -> int:
+    return 0 if qtype.dtype == torch.int8 else (qtype.quant_max + 1) // 2
+
+
+def _is_even(qtype: QType | None) -> bool:
+    """Whether the zero point stands in the middle: symmetric codes, and they stay so."""
+    return qtype is not None and qtype.zero_point == _middle(qtype)
+
+
+def _centred(low: float, high: float, like: QType) -> QType:
+    """The type with the codes and the zero point of ``like`` that spans ``[low, high]``."""
+    middle = _middle(like)
+    scale = max(-low / (middle - like.quant_min), high / (like.quant_max - middle))
+    return dataclasses.replace(like, scale=float(torch.tensor(scale)))
+
+
 def _spanning(low: float, high: float, like: QType) -> QType:
     """The type with the codes of ``like`` that spans ``[low, high]``."""
     signed = like.dtype == torch.int8
     bits = (like.quant_max + 1).bit_length() - (0 if signed else 1)
-    even = signed and like.quant_min == -like.quant_max
-    spec = QSpec("int8" if signed else "uint8", bits=bits, symmetric=even)
+    spec = QSpec("int8" if signed else "uint8", bits=bits)
     span = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
     qparams = choose_qparams(*span, spec)
     return dataclasses.replace(

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx import Node
 
 from fxquant.graph.info import QType, info
+from fxquant.graph.view import what
 from fxquant.passes.convert import Convert
 from fxquant.passes.share_scales import ShareScales
 from fxquant.spec import QConfig, QSpec
@@ -159,3 +161,96 @@ def test_a_stack_is_a_join_too() -> None:
     module = shared(body, a=1.0, b=0.9)
     assert len(set(types(module, "a", "b", "stack"))) == 1
     assert info(node_of(module, "stack")).qtype is not None
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.6])
+def test_symmetric_uint8_keeps_its_zero_point_in_the_middle(gain: float) -> None:
+    config = QConfig(activation=QSpec("uint8", symmetric=True, observer="minmax"))
+    module = shared(cat, config=config, a=1.0, b=gain)
+    a, b, joined = types(module, "a", "b", "cat")
+    assert a == b == joined and a is not None
+    assert a.zero_point == 128
+    # The wider one decides, and is not made any wider.
+    assert a.scale == pytest.approx(float(X.abs().max()) / 127, rel=1e-6)
+
+
+def test_sixteen_joins_in_a_row() -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        for _ in range(16):
+            y = torch.cat([y, m.a(x)[:, :1]], 1)
+        return y.mean((2, 3))
+
+    module = shared(body, a=1.0)
+    joins = [n.name for n in module.graph.nodes if what(n) == "cat"]
+    assert len(joins) == 16
+    assert len(set(types(module, *joins))) == 1
+    run(module, Convert())
+    # x, each call of a, each slice and each join: nothing is requantized
+    assert names(module).count("quantize") == 1 + 17 + 16 + 16
+
+
+def test_a_constant_that_is_joined() -> None:
+    def body(m: Any, x: Any) -> Any:
+        return torch.cat([m.a(x), m.token.expand(2, -1, -1, -1)], 1).mean((2, 3))
+
+    token = nn.Parameter(torch.randn(1, 1, 6, 6))
+    made = One(body, a=conv(1.0), token=token).eval()
+    module = run(measured(made, X, overrides=(("*", MINMAX),)), ShareScales())
+    a, joined = types(module, "a", "cat")
+    assert a == joined is not None
+    run(module, Convert())
+
+
+def test_a_branch_that_only_float_can_compute() -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        return torch.cat([y, torch.cumsum(y, 1) * 0.3], 1).mean((2, 3))
+
+    module = run(shared(body, a=1.0), Convert())
+    join = node_of(module, "cat")
+    parts = join.args[0]
+    assert isinstance(parts, tuple | list)
+    assert [what(n) for n in parts if isinstance(n, Node)] == ["dequantize", "dequantize"]
+
+
+@pytest.mark.parametrize("gain", [0.9, 0.2])
+def test_a_choice_between_tensors_is_a_join(gain: float) -> None:
+    def body(m: Any, x: Any) -> Any:
+        return torch.where(m.keep, m.a(x), m.b(x)).mean((2, 3))
+
+    keep = nn.Parameter(torch.rand(6, 6) > 0.5, requires_grad=False)
+    made = One(body, a=conv(1.0), b=conv(gain), keep=keep).eval()
+    module = run(measured(made, X, overrides=(("*", MINMAX),)), ShareScales())
+    a, b, chosen = types(module, "a", "b", "where")
+    assert a == chosen is not None
+    assert (b == chosen) is (gain > 0.5)
+
+
+def test_a_tensor_added_to_itself_has_one_type() -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = m.a(x).flip(1)
+        return m.b(y + y)
+
+    module = shared(body, a=1.0, b=1.0)
+    a, flip, total = types(module, "a", "flip", "add")
+    assert a == flip is not None and a is not None and total is not None
+    assert total.high == pytest.approx(2 * a.high, rel=0.02)
+    run(module, Convert())
+    assert names(module).count("quantize") == 4
+
+
+@pytest.mark.parametrize(("value", "int8"), [(0.0, True), (0.3, True), (90.0, False)])
+def test_a_fill_outside_the_range_goes_back_to_float(value: float, int8: bool) -> None:
+    def body(m: Any, x: Any) -> Any:
+        return m.b(nn.functional.pad(m.a(x), (1, 1), value=value))
+
+    module = shared(body, a=1.0, b=1.0)
+    decision = info(node_of(module, "pad")).decision
+    assert decision is not None and decision.int8 is int8
+    if not int8:
+        assert "lies outside" in decision.why
+        # What reads it has the range that calibration saw.
+        found = info(node_of(module, "pad")).qtype
+        assert found is not None and found.high == pytest.approx(value, rel=0.02)
+    run(module, Convert())
