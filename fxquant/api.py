@@ -14,6 +14,7 @@ from fxquant import calibration as feeding
 from fxquant.arguments import (
     Examples,
     Overrides,
+    check_floats,
     check_mode,
     check_model,
     check_patterns,
@@ -21,6 +22,7 @@ from fxquant.arguments import (
     resolve_overrides,
     split_example,
     tensor_example,
+    unwrapped,
 )
 from fxquant.backends.base import Availability
 from fxquant.building import Wishes, build, lower
@@ -114,6 +116,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     resolve_qconfig(qconfig)
     resolve_overrides(overrides)
     check_patterns(patterns)
+    model = unwrapped(model)
     check_model(model)
     with torch.random.fork_rng(devices=[]):
         prepared = _prepare_and_calibrate(
@@ -180,6 +183,7 @@ def prepare(
     resolve_backend(backend)
     check_mode(mode, _MODES)
     args, kwargs = split_example(example_inputs)
+    model = unwrapped(model)
     return _prepare(model, args, kwargs, qconfig, overrides, patterns, strict)
 
 
@@ -264,6 +268,7 @@ def _prepare(
     strict: bool,
 ) -> GraphModule:
     check_model(model)
+    check_floats(model, args, kwargs)
     default = resolve_qconfig(qconfig)
     chosen = resolve_overrides(overrides)
     check_patterns(patterns)

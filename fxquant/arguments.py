@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ConfigError
+from fxquant.graph.settle import computes_a_weight, uncompiled
 from fxquant.passes.configure import Selector
 from fxquant.patterns.rule import Rule
 from fxquant.record import KEY
@@ -28,31 +30,108 @@ def ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
+    while isinstance(model, nn.Module):
+        inner = model.module if isinstance(model, _PARALLEL) else uncompiled(model)
+        if inner is model:
+            break
+        model = inner
+    return model
+
+
+_PARALLEL: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse what is no float model with weights.
 
     Raises:
         ConfigError: says what to pass instead.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError(
-            "the model is a ScriptModule, whose Python code is gone: pass the nn.Module it was "
-            "scripted from"
-        )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
-    if isinstance(model, GraphModule) and KEY in model.meta:
-        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+    _check_kind(model)
+    _check_own_calls(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ConfigError(f"{name} has no shape yet: run the model once before quantizing it")
         if tensor.device.type == "meta":
             raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
+    _check_dtype(model)
     for name, weight in model.named_parameters():
         if not _is_finite(weight.detach()):
             raise ConfigError(
                 f"{name} holds NaN or infinity, and so will every result: load other weights"
             )
+
+
+def _check_kind(model: Any) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a ScriptModule, whose Python code is gone: pass the nn.Module it was "
+            "scripted from"
+        )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ConfigError(f"model is the class {model.__name__}: pass a module, {model.__name__}()")
+    if type(model).__name__ == "ExportedProgram":
+        raise ConfigError("model is an ExportedProgram: pass the nn.Module that was exported")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
+    if isinstance(model, GraphModule) and KEY in model.meta:
+        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+
+
+def _check_own_calls(model: nn.Module) -> None:
+    """What runs around ``forward`` of the whole model is seen by no capture of ``forward``."""
+    name = type(model).__name__
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    if any(not computes_a_weight(hook) for hook in hooks):
+        raise ConfigError(
+            f"{name} itself carries forward hooks, and a graph of its forward would lose them: "
+            "remove them, or pass a module whose forward calls this one, such as "
+            "nn.Sequential(model)"
+        )
+    if isinstance(model, GraphModule):
+        return  # its class has a __call__ for better tracebacks
+    for cls in type(model).__mro__:
+        if cls is nn.Module:
+            return
+        if "__call__" in vars(cls):
+            raise ConfigError(
+                f"{name} defines __call__, and a graph of its forward would lose what that does: "
+                "move it to forward, or pass a module that calls this one, such as "
+                "nn.Sequential(model)"
+            )
+
+
+def _check_dtype(model: nn.Module) -> None:
+    floats = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if not floats or any(p.dtype == torch.float32 for p in floats.values()):
+        return
+    name, first = next(iter(floats.items()))
+    raise ConfigError(
+        f"{name} is {first.dtype}, and int8 kernels are made from float32: pass "
+        "copy.deepcopy(model).float(), and float32 inputs"
+    )
+
+
+def check_floats(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model that computes on integers alone.
+
+    Args:
+        model: the model.
+        args: positional example inputs; nothing is known of the inputs where there are none.
+        kwargs: keyword example inputs.
+
+    Raises:
+        ConfigError: neither a weight nor an example input is floating point.
+    """
+    held = (*model.parameters(), *model.buffers())
+    given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    if given and not any(t.is_floating_point() or t.is_complex() for t in (*held, *given)):
+        raise ConfigError(
+            f"{type(model).__name__} computes on no floating-point tensors: neither its weights "
+            "nor its inputs are float, and there is nothing to quantize"
+        )
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -90,7 +90,7 @@ def test_models_that_are_none() -> None:
     for given, message in (
         (lambda x: x, "model is a function: pass an nn.Module"),
         (torch.randn(3), "model is a Tensor"),
-        (nn.Conv2d, "model is a type"),
+        (nn.Conv2d, "model is the class Conv2d"),
     ):
         with pytest.raises(ConfigError, match=message):
             fxquant.quantize(given, images())  # type: ignore[arg-type] # what the error is about
