@@ -10,6 +10,7 @@ from fxquant.backends.base import INT8_OPS, REASONS, Availability, Backend
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86, has_vnni
 from fxquant.errors import ConfigError
+from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.adopt_products import AdoptProducts
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.canonicalize import Canonicalize
@@ -68,6 +69,7 @@ def prepare_recipe(
             SplitPadding(),
             Decompose(known),
             AdoptProducts(known),
+            AdoptNorms(),
             Configure(qconfig, overrides, must_match),
             OpenAttention(),
             Fuse((*patterns, *FUSION_RULES), known),

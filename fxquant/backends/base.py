@@ -166,6 +166,13 @@ REASONS: Final = {
         ("embedding", "embedding_bag"),
         "its indices are no numbers to quantize; its table becomes int8 when converted",
     ),
+    "var": "a variance spans the square of its input's range, too wide for eight bits to divide by",
+    "std": "a deviation is divided by, and the codes nearest to 0 are too coarse for that",
+    "logsumexp": "sums of exponentials need float, and there is one result for a whole row",
+    **{
+        f"lp_pool{rank}d": "powers and roots of sums need float; nothing is saved by codes"
+        for rank in (1, 2, 3)
+    },
 }
 """Why an op without an int8 form has none."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 import torch
@@ -70,7 +69,9 @@ class AverageCodes(nn.Module):
             return torch.float64
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         # Only the dimensions added up are asked: the batch stays symbolic where it is traced.
-        count = math.prod(codes.shape[each] for each in dims)
+        count = 1
+        for each in dims:
+            count *= codes.shape[each]
         return torch.float32 if count <= _EXACT else torch.float64
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ quantize(f(dequantize(x)))                   ->  TableCodes(x), any f of one ele
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Final
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxquant.backends.rule_parts import (
+    codes_of,
     dequantized,
     options_are_constant,
     put_op,
@@ -27,8 +29,9 @@ from fxquant.backends.x86_ops import (
     TableCodes,
 )
 from fxquant.graph.edit import Editor
+from fxquant.graph.flow import rescaled_by
 from fxquant.graph.info import QType, info
-from fxquant.graph.op_table import argument, is_op, module_of, op_of
+from fxquant.graph.op_table import argument, is_op, module_of, op_named, op_of
 from fxquant.numerics.lut import make_table
 from fxquant.numerics.qparams import QParams
 from fxquant.patterns.boundary import DEQUANTIZE
@@ -93,6 +96,32 @@ def reads_a_number(match: Match) -> Reject | None:
     return Reject("the other operand is no constant", match.node("op"))
 
 
+def only_rescales(match: Match) -> Reject | None:
+    """The codes stay what they are if the scale takes the factor."""
+    node, reads, writes = match.node("op"), codes_type(match.node("dq")), writes_of(match)
+    factor = rescaled_by(node)
+    if factor is None:
+        return Reject("it is no product with a positive number", node)
+    if writes != dataclasses.replace(reads, scale=reads.scale * factor):
+        return Reject(f"its result has codes of its own: {writes}", node)
+    return None
+
+
+def _lower_rescale(match: Match, editor: Editor) -> None:
+    node, codes = match.node("op"), codes_of(match, "dq")
+    # A view, so that nothing overwrites codes that are read under another scale.
+    made = editor.call(op_named("getitem"), (codes, ...), like=node, before=match.root)
+    editor.annotate(
+        made,
+        reads=(codes_type(match.node("dq")),),
+        writes=writes_of(match),
+        value="tensor",
+        decision=info(node).decision,
+        shape=info(match.root).shape,
+    )
+    editor.replace(match.root, made, *match.nodes[1:])
+
+
 def _lower_requantize(match: Match, editor: Editor) -> None:
     codes, reads, writes = match.node("op").args[0], codes_type(match.node("op")), writes_of(match)
     if not isinstance(codes, Node):
@@ -153,6 +182,13 @@ OP_RULES: Final = (
         ),
         _lower_unary,
         (reads_a_number, options_are_constant),
+    ),
+    Rule(
+        "x86-rescale",
+        quantized(op(("mul", "div"), dequantized("dq", "x"), name="op")),
+        _lower_rescale,
+        (only_rescales,),
+        priority=8,
     ),
     Rule(
         "x86-requantize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch.fx import Graph, Node
@@ -33,6 +34,21 @@ def gives_indices(node: Node) -> bool:
     maker = op_of(source) if isinstance(source, Node) else None
     # Of what an op picks, the values stand first and the indices second.
     return maker is not None and maker.kind is Kind.PICK and bool(node.args[1] != 0)
+
+
+def rescaled_by(node: Node) -> float | None:
+    """The factor of a product with a positive number: the same codes, with another scale.
+
+    ``None`` for everything else.
+    """
+    if not is_op(node, "mul", "div") or info(node).unit is not None:
+        return None
+    number = node.args[1]
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    if not 0 < number < math.inf:
+        return None
+    return float(number) if is_op(node, "mul") else 1.0 / number
 
 
 def wanted_int8(node: Node) -> bool:

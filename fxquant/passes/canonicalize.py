@@ -27,7 +27,6 @@ from fxquant.graph.op_table import (
     SCALAR_ARITHMETIC,
     attribute_spellings,
     function_spellings,
-    has_op,
     method_spellings,
     module_of,
     module_op,

@@ -38,7 +38,6 @@ from fxquant.numerics.observers import weight_qparams
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
 
-
 _TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 _Cache = dict[tuple[int, QSpec, int], tuple[Tensor, Tensor]]
 """Integer weights by the float weight they come from, its spec and its channel axis."""

@@ -15,7 +15,13 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.op_table import attribute_spellings, function_spelling, method_spelling, module_of, module_op
+from fxquant.graph.op_table import (
+    attribute_spellings,
+    function_spelling,
+    method_spelling,
+    module_of,
+    module_op,
+)
 from fxquant.graph.table_aten import may_alias, writes_first
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import positions

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import Flow, gives_indices, root_of, wanted_int8
+from fxquant.graph.flow import Flow, gives_indices, rescaled_by, root_of, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import op_of
 from fxquant.graph.ops import Kind
@@ -135,7 +135,9 @@ class _Cut:
         batch = info(output).shape or ()
         work = (size, info(unit.head).macs or 0, math.prod(batch[:-2]))
         extra = sum(self._costs.real(what(n)).of(size) for n in unit.nodes[1:])
-        return self._costs.codes(name).of(*work), self._costs.real(name).of(*work) + extra
+        # A scaled value has the codes of its source: nothing is computed.
+        on_codes = "getitem" if rescaled_by(unit.head) is not None else name
+        return self._costs.codes(on_codes).of(*work), self._costs.real(name).of(*work) + extra
 
     def figures(self, unit: Unit) -> str:
         """The costs behind a decision, where they are those of a product."""

@@ -8,6 +8,7 @@ bit. A branch that does not fit keeps its own scale and is requantized at the jo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -17,7 +18,7 @@ from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.fills import outside
-from fxquant.graph.flow import Flow, is_join, moves_codes, root_of, wanted_int8
+from fxquant.graph.flow import Flow, is_join, moves_codes, rescaled_by, root_of, wanted_int8
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes, tensor_sources
@@ -25,6 +26,7 @@ from fxquant.numerics.qparams import choose_qparams
 from fxquant.passes.base import Pass
 from fxquant.spec import QSpec
 
+_TINY: Final = torch.finfo(torch.float32).tiny
 _AGREE: Final = 2.0
 """How many times wider than its own a member's range may become."""
 
@@ -95,11 +97,12 @@ class ShareScales(Pass):
                     groups.unite(node, root)
         sizes = Counter(groups.find(node) for node in groups.parent)
         uneven = {groups.find(node) for node in groups.parent if not _is_even(info(node).qtype)}
+        shared = {node for node in groups.parent if sizes[groups.find(node)] > 1}
         for node in groups.parent:
             head = groups.find(node)
-            if sizes[head] > 1:
+            if node in shared:
                 self._write(editor, node, groups.span[head], even=head not in uneven)
-        self._inherit(editor)
+        self._inherit(editor, shared)
 
     @staticmethod
     def _refuse_fills(editor: Editor) -> None:
@@ -120,13 +123,26 @@ class ShareScales(Pass):
             editor.annotate(node, qtype=_centred(*span, old) if even else _spanning(*span, old))
 
     @staticmethod
-    def _inherit(editor: Editor) -> None:
-        """Values that only moved codes have the type of what was moved."""
+    def _inherit(editor: Editor, shared: set[Node]) -> None:
+        """Values that only moved codes have the type of what was moved; scaled ones, its codes."""
         with editor.rule("inherit-scale"):
             for node in editor.graph.nodes:
                 if wanted_int8(node) and moves_codes(node):
                     qtype = info(root_of(node)).qtype
                     editor.annotate(node, qtype=qtype, shape=info(node).shape or _moved(node))
+                elif wanted_int8(node) and node not in shared:
+                    editor.annotate(node, qtype=_rescaled(node))
+
+
+def _rescaled(node: Node) -> QType | None:
+    """``x * 0.5`` has the codes of ``x``, at half the scale."""
+    own, factor = info(node).qtype, rescaled_by(node)
+    sources = tensor_sources(node)
+    base = info(root_of(sources[0])).qtype if sources else None
+    if own is None or factor is None or base is None or not _same_codes(own, base):
+        return own
+    scale = base.scale * factor
+    return dataclasses.replace(base, scale=scale) if _TINY <= scale < math.inf else own
 
 
 def _moved(node: Node) -> tuple[int, ...] | None:

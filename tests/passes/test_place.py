@@ -68,11 +68,18 @@ def test_the_reason_is_told() -> None:
 
 
 def test_costs_move_the_cut() -> None:
-    body: Body = lambda m, x: m.b(m.a(x).flip(1) * 2)  # noqa: E731
-    assert placed(body, costs(codes={"mul": 1}))["mul"]
+    body: Body = lambda m, x: m.b(F.normalize(m.a(x).flip(1)))  # noqa: E731
+    assert placed(body, costs(codes={"normalize": 1}))["normalize"]
     # Codes cost 100 more than float; leaving and coming back costs 5 / 2 + 10.
-    assert not placed(body, costs(codes={"mul": 110}))["mul"]
-    assert placed(body, costs(quantize=1000, dequantize=1000, codes={"mul": 110}))["mul"]
+    assert not placed(body, costs(codes={"normalize": 110}))["normalize"]
+    assert placed(body, costs(quantize=1000, dequantize=1000, codes={"normalize": 110}))["normalize"]
+
+
+def test_a_product_with_a_positive_number_costs_nothing_on_codes() -> None:
+    """Its codes are those of its source, at another scale."""
+    table = costs(codes={"mul": 1e6, "getitem": 0.0})
+    assert placed(lambda m, x: m.b(m.a(x).flip(1) * 2), table)["mul"]
+    assert not placed(lambda m, x: m.b(m.a(x).flip(1) * -2), table)["mul"]
 
 
 def test_layers_never_move() -> None:

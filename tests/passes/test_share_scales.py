@@ -254,3 +254,28 @@ def test_a_fill_outside_the_range_goes_back_to_float(value: float, int8: bool) -
         found = info(node_of(module, "pad")).qtype
         assert found is not None and found.high == pytest.approx(value, rel=0.02)
     run(module, Convert())
+
+
+@pytest.mark.parametrize(("body", "factor"), [
+    (lambda m, x: m.b(m.a(x) * 0.125), 0.125),
+    (lambda m, x: m.b(m.a(x) / 4), 0.25),
+    (lambda m, x: m.b(3 * m.a(x).flip(1)), 3.0),
+])  # fmt: skip
+def test_a_product_with_a_positive_number_keeps_the_codes(body: Body, factor: float) -> None:
+    module = shared(body, a=1.0, b=1.0)
+    (scaled,) = (n for n in module.graph.nodes if what(n) in ("mul", "div"))
+    (a,), found = types(module, "a"), info(scaled).qtype
+    assert a is not None and found is not None
+    assert found == QType(a.scale * factor, a.zero_point, a.quant_min, a.quant_max, a.dtype)
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.b(m.a(x) * -2.0),
+    lambda m, x: m.b(m.a(x) * x),
+])  # fmt: skip
+def test_other_products_have_ranges_of_their_own(body: Body) -> None:
+    module = shared(body, a=1.0, b=1.0)
+    (scaled,) = (n for n in module.graph.nodes if what(n) == "mul")
+    a, found = types(module, "a")[0], info(scaled).qtype
+    assert a is not None and found is not None
+    assert found.scale != pytest.approx(1.5 * a.scale, rel=1e-6)
