@@ -27,7 +27,7 @@ def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
     assert steps[0].needs is Stage.CAPTURED
     assert [step.name for step in steps] == [
         "functionalize", "unshare", "fold-constants", "canonicalize", "split-padding",
-        "decompose", "adopt-products", "configure", "open-attention", "fuse", "annotate",
+        "decompose", "adopt-products", "adopt-norms", "configure", "open-attention", "fuse",
         "observe",
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch.fx import Graph, Node
 
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, op_of
+from fxquant.graph.op_table import argument, is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
 
