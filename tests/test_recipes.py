@@ -28,7 +28,7 @@ def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
     assert [step.name for step in steps] == [
         "functionalize", "unshare", "fold-constants", "canonicalize", "split-padding",
         "decompose", "adopt-products", "adopt-norms", "configure", "open-attention", "fuse",
-        "observe",
+        "annotate", "observe",
     ]  # fmt: skip
 
 
