@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -32,26 +33,37 @@ PLAIN: Final = (
 )  # fmt: skip
 
 _LOCAL: Final[dict[str, type]] = {}
-"""Classes that were defined inside functions, which no import can find."""
+"""Classes that no import can find, such as those defined inside functions."""
 
 
 def class_name(cls: type) -> str:
     """The name under which :func:`class_named` finds a class again."""
     name = f"{cls.__module__}:{cls.__qualname__}"
-    if "<locals>" in name or cls.__module__ == "__main__":
+    if cls.__module__ == "__main__" or not _can_be_imported(cls):
         _LOCAL[name] = cls
     return name
 
 
-@functools.lru_cache(maxsize=1024)
+def _can_be_imported(cls: type) -> bool:
+    """Not so for classes of functions, of executed text, and redefined ones."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls
+
+
 def class_named(name: str) -> type:
     """The class that :func:`class_name` named.
 
     Raises:
         LoadError: it cannot be imported here.
     """
-    if name in _LOCAL:
-        return _LOCAL[name]
+    local = _LOCAL.get(name)
+    return _imported(name) if local is None else local
+
+
+@functools.lru_cache(maxsize=1024)
+def _imported(name: str) -> type:
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -59,7 +71,7 @@ def class_named(name: str) -> type:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise LoadError(
-            f"the model takes or returns a {path} of module {module}, which cannot be imported "
+            f"this model needs the class {path} of module {module}, which cannot be imported "
             "here: make the module that defines it importable"
         ) from error
     cls: type = found

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from fxquant.errors import LoadError
 from fxquant.graph.containers import class_name, class_named
 
 _CLASS: Final = "_fxquant_user_class"
@@ -24,12 +25,19 @@ class UserModule(GraphModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            cls = self.__dict__.get(_CLASS)
-            found = inspect.getattr_static(class_named(cls), name, None) if cls else None
-            if found is None or name.startswith("__"):
+            found = None if name.startswith("__") else self._of_class(name)
+            if found is None:
                 raise
             bind = getattr(found, "__get__", None)
             return found if bind is None else bind(self, type(self))
+
+    def _of_class(self, name: str) -> Any:
+        """What the user's class says; nothing where a copy was loaded without that class."""
+        cls = self.__dict__.get(_CLASS)
+        try:
+            return inspect.getattr_static(class_named(cls), name, None) if cls else None
+        except LoadError:
+            return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = super().__reduce__()

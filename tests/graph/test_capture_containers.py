@@ -218,3 +218,40 @@ def test_attributes_and_methods_keep_working(how: str) -> None:
     assert module.config is not model.config
     with pytest.raises(AttributeError, match="nonsense"):
         module.nonsense  # noqa: B018
+
+
+NOWHERE = """
+from torch import nn
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.fc(x)
+    def answer(self):
+        return {answer}
+"""
+
+
+def from_text(answer: int) -> Any:
+    """A model whose class no import can find, such as one of a notebook's cell."""
+    names: dict[str, Any] = {"__name__": "no_such_module"}
+    exec(compile(NOWHERE.format(answer=answer), "cell.py", "exec"), names)
+    return names["Model"]()
+
+
+def test_classes_that_cannot_be_imported() -> None:
+    for answer in (1, 2):  # the cell is run again, with another class of the same name
+        model = from_text(answer)
+        module: Any = with_user_class(capture(model, (torch.ones(2, 4),)).module, model)
+        assert module.answer() == answer
+        with pytest.raises(AttributeError, match="nonsense"):
+            module.nonsense  # noqa: B018
+
+
+def test_a_copy_without_the_class_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = from_text(1), torch.ones(2, 4)
+    module: Any = with_user_class(capture(model, (x,)).module, model)
+    monkeypatch.setattr("fxquant.graph.containers._LOCAL", {})
+    assert torch.equal(module(x), model(x))
+    assert not hasattr(module, "answer")
