@@ -95,9 +95,11 @@ class Annotate(Pass):
             return "it is active dropout"
         if op.name == "rrelu" and argument(node, "training"):
             return "its slopes are drawn anew in every call"
-        if op.name == "instance_norm" and getattr(module_of(node), "track_running_stats", False):
-            if module_of(node).training:
-                return "an instance norm that tracks statistics changes them when training"
+        tracks = op.name == "instance_norm" and bool(
+            getattr(module_of(node), "track_running_stats", False)
+        )
+        if tracks and module_of(node).training:
+            return "an instance norm that tracks statistics changes them when training"
         if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):
             return "its options are computed in every call"
         return None

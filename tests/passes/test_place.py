@@ -72,7 +72,8 @@ def test_costs_move_the_cut() -> None:
     assert placed(body, costs(codes={"normalize": 1}))["normalize"]
     # Codes cost 100 more than float; leaving and coming back costs 5 / 2 + 10.
     assert not placed(body, costs(codes={"normalize": 110}))["normalize"]
-    assert placed(body, costs(quantize=1000, dequantize=1000, codes={"normalize": 110}))["normalize"]
+    dear = costs(quantize=1000, dequantize=1000, codes={"normalize": 110})
+    assert placed(body, dear)["normalize"]
 
 
 def test_a_product_with_a_positive_number_costs_nothing_on_codes() -> None:
