@@ -13,7 +13,9 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from fxquant.errors import TraceError
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxquant.errors import GuardError, TraceError
 
 Condition = Callable[[Mapping[str, Any]], Any]
 
@@ -26,16 +28,20 @@ def check_conditions(inputs: Mapping[str, Any], conditions: tuple[str, ...]) -> 
         conditions: what the export relied on, such as ``L['x'].size()[2] > 4``.
 
     Raises:
-        TraceError: one of them does not hold.
+        GuardError: one of them does not hold.
 
     Example:
         >>> import torch
         >>> check_conditions({"x": torch.ones(2, 8)}, ("L['x'].size()[1] > 4",))
     """
+    values = tuple(inputs.values())
+    if has_torch_function(values):  # traced anew, as unpickling does
+        handle_torch_function(check_conditions, values, inputs, conditions)
+        return
     for condition in conditions:
         if not read_condition(condition)(inputs):
             said = readable(condition)
-            raise TraceError(
+            raise GuardError(
                 f"these inputs do not fit the graph: it was exported for the case {said}. Export "
                 "holds one case of every branch: quantize again with example_inputs like these"
             )
@@ -49,10 +55,13 @@ def check_value(holds: Any, message: str) -> None:
         message: what was asserted.
 
     Raises:
-        TraceError: it does not hold.
+        GuardError: it does not hold.
     """
+    if has_torch_function((holds,)):
+        handle_torch_function(check_value, (holds,), holds, message)
+        return
     if not bool(holds):
-        raise TraceError(f"the model asserts what does not hold in this call: {message}")
+        raise GuardError(f"the model asserts what does not hold in this call: {message}")
 
 
 def readable(condition: str) -> str:

@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import TraceError
 from fxquant.graph.export_conditions import check_conditions, check_value, read_condition
 from fxquant.graph.export_places import Places
+from fxquant.graph.guards import check_bound
 from fxquant.graph.table_aten import first_of_two
+from fxquant.graph.tracer import Retracer
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -136,7 +138,7 @@ class Rebuild:
         return self._new(None, "call_function", operator.getitem, (node, key), "getitem")
 
     def _check_plain(self, node: fx.Node, value: Any, name: str) -> None:
-        self._new(None, "call_function", check_plain, (node, value, name), "check_plain")
+        self._new(None, "call_function", check_bound, (node, value, name), "check_bound")
 
     def _conditions(self, inputs: dict[str, fx.Node]) -> None:
         found = tuple(dict.fromkeys(self.program._guards_code))
@@ -246,6 +248,8 @@ class Rebuild:
                 root.register_buffer(path, tensor.detach().clone())
         if self.structure is not None:
             root.add_module("output_structure", self.structure)
+        # Unpickling traces the code of a graph module anew.
+        self.graph._tracer_cls = Retracer
         module = fx.GraphModule(root, self.graph, type(root).__name__)
         for name, child in root.named_children():
             module.add_module(name, child)
@@ -259,20 +263,6 @@ class _Leaf:
         self.node = node
         self.is_plain = type(spec.arg).__name__ == "ConstantArgument"
         self.plain: Any = getattr(spec.arg, "value", None)
-
-
-def check_plain(value: Any, expected: Any, name: str) -> None:
-    """Refuse a call that changes an argument the graph was exported with.
-
-    Raises:
-        TraceError: the value differs.
-    """
-    if value is expected or (type(value) is type(expected) and value == expected):
-        return
-    raise TraceError(
-        f"argument {name!r} is {value!r}, but this graph was exported with {expected!r}: the graph "
-        f"holds only that case. Quantize again with {name}={value!r} in example_inputs"
-    )
 
 
 def _reads_first_only(node: fx.Node) -> bool:

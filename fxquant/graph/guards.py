@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxquant.errors import GuardError
 from fxquant.graph.containers import mismatch, pick, rebuild
+from fxquant.graph.export_conditions import check_conditions, check_value
 from fxquant.graph.proxies import truth
 
 
@@ -176,7 +177,15 @@ def check_structure(value: Any, spec: tuple[Any, ...], name: str) -> None:
 
 
 GUARDS: Final[frozenset[Callable[..., Any]]] = frozenset(
-    {check_answer, check_input, check_bound, check_given, check_structure}
+    {
+        check_answer,
+        check_input,
+        check_bound,
+        check_given,
+        check_structure,
+        check_conditions,
+        check_value,
+    }
 )
 _PLUMBING: Final[frozenset[Callable[..., Any]]] = frozenset(
     {*GUARDS, count_parts, truth, pick, rebuild, torch._assert}

@@ -26,6 +26,7 @@ from tests.graph.test_op_table import Cell, _cells, _inputs, _model
 from tests.helpers import One, canonical, check_eager, nodes, options, run
 
 _IN_PARTS: Final = {
+    "embedding_bag": "arange.start_step reshape embedding_bag.padding_idx getitem",
     "normalize": "vector_norm clamp expand_as.default div",
     "local_response_norm": "mul unsqueeze pad avg_pool2d squeeze mul add pow div",
     "softsign": "abs add div",
