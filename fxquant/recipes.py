@@ -26,6 +26,7 @@ from fxquant.passes.open_attention import OpenAttention
 from fxquant.passes.place import Place
 from fxquant.passes.read_ranges import ReadRanges
 from fxquant.passes.share_scales import ShareScales
+from fxquant.passes.split_output_size import SplitOutputSize
 from fxquant.passes.split_padding import SplitPadding
 from fxquant.passes.unshare import Unshare
 from fxquant.patterns.builtin import FUSION_RULES
@@ -65,6 +66,7 @@ def prepare_recipe(
             Functionalize(),
             Unshare(),
             FoldConstants(),
+            SplitOutputSize(),
             Canonicalize(),
             SplitPadding(),
             Decompose(known),

@@ -26,7 +26,8 @@ def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
     steps = prepare_recipe(QConfig(), (), (), {}).passes
     assert steps[0].needs is Stage.CAPTURED
     assert [step.name for step in steps] == [
-        "functionalize", "unshare", "fold-constants", "canonicalize", "split-padding",
+        "functionalize", "unshare", "fold-constants", "split-output-size", "canonicalize",
+        "split-padding",
         "decompose", "adopt-products", "adopt-norms", "configure", "open-attention", "fuse",
         "annotate", "observe",
     ]  # fmt: skip
