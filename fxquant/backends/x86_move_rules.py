@@ -66,6 +66,7 @@ _ON_CODES: Final[dict[str, Callable[..., Any]]] = {
     "pixel_unshuffle": x86_moves.pixel_unshuffle_codes,
     "repeat_interleave": x86_moves.repeat_interleave_codes,
     "getitem": x86_moves.getitem_codes,
+    "take_along_dim": x86_moves.take_along_dim_codes,
     "im2col": x86_moves.im2col_codes,
     **{f"max_unpool{rank}d": x86_moves.max_unpool_codes for rank in (1, 2, 3)},
 }

@@ -91,6 +91,18 @@ def repeat_interleave_codes(input: Tensor, *, repeats: Any, dim: int | None) -> 
     return torch.repeat_interleave(input, repeats, dim)
 
 
+def take_along_dim_codes(input: Tensor, *, indices: Tensor, dim: int | None) -> Tensor:
+    """Take along a dimension by ``gather`` (torch's own call took 360 us, and 1170 us on codes)."""
+    if dim is None:
+        return input.flatten().gather(0, indices.flatten())
+    place = dim % input.dim()
+    around = [1 if d == place else size for d, size in enumerate(input.shape)]
+    others = [1 if d == place else size for d, size in enumerate(indices.shape)]
+    shape = list(torch.broadcast_shapes(around, others))
+    shape[place] = -1
+    return input.expand(shape).gather(place, indices.expand(shape))
+
+
 def getitem_codes(input: Tensor, index: Any) -> Tensor:
     """Index; a list or tensor of places along one dimension by ``index_select`` (80 us, 6 us)."""
     places = index if isinstance(index, tuple) else (index,)

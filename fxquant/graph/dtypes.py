@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch.fx import Node
 
+from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import tensor_sources
@@ -32,6 +34,32 @@ def is_float32(value: Node) -> bool:
         if known is None:
             todo.extend(tensor_sources(node))
     return True
+
+
+def keeps_float32(given: Mapping[str, Any]) -> bool:
+    """``x.float()``, ``x.to(y)``, ``x.to(y.dtype)`` of float32 tensors on the processor."""
+    source, dtype, like = given["input"], given["dtype"], given["like"]
+    if not isinstance(source, Node) or not is_float32(source):
+        return False
+    if isinstance(like, Node):
+        # A fact: x.to(y.dtype), x.to(y.device)
+        like = like.args[0] if info(like).value == "scalar" else like
+        if not isinstance(like, Node) or not is_float32(like):
+            return False
+    elif not (dtype is None or dtype == torch.float32 or _dtype_of_float32(dtype)):
+        return False
+    return _stays(given["device"])
+
+
+def _dtype_of_float32(dtype: Any) -> bool:
+    source = dtype.args[0] if isinstance(dtype, Node) and dtype.args else None
+    return isinstance(source, Node) and is_float32(source)
+
+
+def _stays(device: Any) -> bool:
+    if device is None or isinstance(device, Node):
+        return True
+    return torch.device(device).type == "cpu"
 
 
 def _makes_float32(node: Node) -> bool | None:

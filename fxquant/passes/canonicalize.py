@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from fxquant.graph import tensor_methods
 from fxquant.graph.copies import share_parameters
-from fxquant.graph.dtypes import is_float32
+from fxquant.graph.dtypes import keeps_float32
 from fxquant.graph.edit import Editor
 from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import ValueKind, info
@@ -337,34 +337,8 @@ def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
     if op.name == "dropout":
         return given["training"] is False or given["p"] == 0
     if op.name == "cast":
-        return _keeps_float32(given)
+        return keeps_float32(given)
     return op.name in ("contiguous", "clone", "detach")
-
-
-def _keeps_float32(given: Mapping[str, Any]) -> bool:
-    """``x.float()``, ``x.to(y)``, ``x.to(y.dtype)`` of float32 tensors on the processor."""
-    source, dtype, like = given["input"], given["dtype"], given["like"]
-    if not isinstance(source, Node) or not is_float32(source):
-        return False
-    if isinstance(like, Node):
-        # A fact: x.to(y.dtype), x.to(y.device)
-        like = like.args[0] if info(like).value == "scalar" else like
-        if not isinstance(like, Node) or not is_float32(like):
-            return False
-    elif not (dtype is None or dtype == torch.float32 or _dtype_of_float32(dtype)):
-        return False
-    return _stays(given["device"])
-
-
-def _dtype_of_float32(dtype: Any) -> bool:
-    source = dtype.args[0] if isinstance(dtype, Node) and dtype.args else None
-    return isinstance(source, Node) and is_float32(source)
-
-
-def _stays(device: Any) -> bool:
-    if device is None or isinstance(device, Node):
-        return True
-    return torch.device(device).type == "cpu"
 
 
 def _keeps_memory_apart(node: Node, op: Op) -> bool:

@@ -35,7 +35,8 @@ SELECTED: Final[dict[str, Op]] = {
         lambda m, y, z: y.gather(1, m.index[None, :, None, None].expand(3, -1, 10, 10)), "gather"
     ),
     "take_along_dim": Op(
-        lambda m, y, z: torch.take_along_dim(y, m.index[None, :, None, None], 1), "take_along_dim"
+        lambda m, y, z: torch.take_along_dim(y, m.index[None, :, None, None], 1),
+        "take_along_dim_codes",
     ),
     "where a number": Op(
         lambda m, y, z: torch.where(m.index[:, None, None] > 2, y[:, :4], 0.0), "where_number_codes"
@@ -123,7 +124,7 @@ CUT: Final[dict[str, Op]] = {
     "kthvalue": Op(lambda m, y, z: y.kthvalue(3, 1, keepdim=True)[0], "getitem"),
     "amax": Op(lambda m, y, z: y.amax((2, 3)), "amax"),
     "sorted by values": Op(
-        lambda m, y, z: torch.take_along_dim(y, y.sort(1).indices, 1), "take_along_dim"
+        lambda m, y, z: torch.take_along_dim(y, y.sort(1).indices, 1), "take_along_dim_codes"
     ),
     "largest channel": Op(
         lambda m, y, z: torch.take_along_dim(y, y.argmax(1, keepdim=True), 1), "argmax"
@@ -216,6 +217,15 @@ def test_indices_of_codes_are_those_of_the_values(pick: str, descending: bool) -
         assert torch.equal((found[0].float() - 101) * 0.037, wanted[0])
     else:
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 3, 4), (2, 3, 1), (2, 7, 4)])
+@pytest.mark.parametrize("dim", [1, -2, None])
+def test_take_along_dim_is_a_gather(shape: tuple[int, ...], dim: int | None) -> None:
+    codes = torch.randint(0, 256, (2, 5, 4), dtype=torch.uint8)
+    indices = torch.randint(0, 5, shape)
+    found = x86_moves.take_along_dim_codes(codes, indices=indices, dim=dim)
+    assert torch.equal(found, torch.take_along_dim(codes, indices, dim))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
