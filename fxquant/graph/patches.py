@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxquant.graph.proxies import asked, is_proxy, proxies_in
+from fxquant.graph.symbolic_int import SymbolicInt, may_replace_int
 
 _FACTORIES: Final = ("zeros", "ones", "empty", "rand", "randn")
 """Their sizes may come one by one, and torch does not look for proxies among those."""
@@ -81,11 +82,16 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
         root: the model; the modules of its package get another ``len`` and ``isinstance``.
         is_mine: whether the calling thread is the one that traces.
     """
-    places = [
+    places: list[tuple[dict[str, Any], str, Any]] = [
         (vars(module), name, function)
         for module in _user_modules(root)
         for name, function in _BUILTINS.items()
         if name not in vars(module)
+    ]
+    places += [
+        (vars(module), "int", SymbolicInt)
+        for module in _class_modules(root)
+        if "int" not in vars(module) and may_replace_int(module)
     ]
     real = {name: getattr(torch, name) for name in (*_FACTORIES, "is_tensor")}
     try:
@@ -101,6 +107,14 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
             setattr(torch, name, function)
         for space, name, _ in places:
             space.pop(name, None)
+
+
+def _class_modules(root: nn.Module) -> list[ModuleType]:
+    """The modules that define the model's classes."""
+    names = {cls.__module__ for module in root.modules() for cls in type(module).__mro__}
+    foreign = ("torch", "builtins", "fxquant")
+    own = sorted(name for name in names if name.partition(".")[0] not in foreign)
+    return [sys.modules[name] for name in own if name in sys.modules]
 
 
 def _user_modules(root: nn.Module) -> list[ModuleType]:
