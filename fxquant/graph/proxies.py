@@ -112,6 +112,11 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
     def __getitem__(self, index: Any) -> Any:
+        value = self._held.value
+        several = isinstance(value, tuple | list) and all(isinstance(v, Tensor) for v in value)
+        if isinstance(index, slice) and several and value:
+            # Of several tensors, each is a value of its own: x.chunk(2)[::-1] is two of them.
+            return tuple(self[place] for place in range(len(self))[index])
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:

@@ -255,3 +255,16 @@ def test_a_copy_without_the_class_still_runs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fxquant.graph.containers._LOCAL", {})
     assert torch.equal(module(x), model(x))
     assert not hasattr(module, "answer")
+
+
+@pytest.mark.parametrize("cut", [slice(None, None, -1), slice(1, None), slice(0, 2), slice(3, 3)])
+def test_slices_of_several_tensors_are_the_tensors(cut: slice) -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            parts = x.chunk(3, dim=1)[cut]
+            return torch.cat(parts, 1) if parts else (parts, x)
+
+    x = torch.randn(2, 6)
+    module = capture(Cut(), (x,)).module
+    same(module(x), Cut()(x))
+    same(module(x[:1]), Cut()(x[:1]))
