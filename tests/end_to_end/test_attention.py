@@ -131,3 +131,43 @@ def test_large_products_are_int8_by_themselves(width: int, int8: bool) -> None:
     x = torch.randn(width, width)
     # The kernels differ from the reference in float32 rounding, rarely by one code.
     assert sqnr(reference(x), made(x)) >= 45
+
+
+class Selfish(nn.Module):
+    """Attention of PyTorch's own class, whose weights are returned, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, weights = self.attn(x, x, x)
+        return self.layer(y), weights
+
+
+@pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+@pytest.mark.parametrize(
+    ("overrides", "floats"),
+    [
+        ({}, set()),
+        ({"attn": None}, {"attn.in_proj", "attn.out_proj"}),
+        ({nn.MultiheadAttention: None}, {"attn.in_proj", "attn.out_proj"}),
+        ({"attn.out_proj": None}, {"attn.out_proj"}),
+    ],
+    ids=["default", "path", "class", "inside"],
+)
+def test_the_inside_of_an_attention_module_answers_to_its_names(
+    overrides: Any, floats: set[str]
+) -> None:
+    torch.manual_seed(0)
+    model = Selfish().eval()
+    batches = [torch.randn(2, LENGTH, WIDTH) for _ in range(4)]
+    made = fxquant.quantize(model, batches, backend="x86", overrides=overrides)
+    linears = {op.path: op.int8 for op in record_of(made).ops if op.op == "linear"}
+    assert {path for path, int8 in linears.items() if not int8} == floats
+    assert set(linears) == {"attn.in_proj", "attn.out_proj", "layer"}
+    with torch.no_grad():
+        for found, wanted in zip(made(batches[0]), model(batches[0]), strict=True):
+            assert found.shape == wanted.shape
+            assert sqnr(wanted, found) >= 30
