@@ -72,12 +72,19 @@ def _check_kind(model: Any) -> None:
         )
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ConfigError(f"model is the class {model.__name__}: pass a module, {model.__name__}()")
-    if type(model).__name__ == "ExportedProgram":
-        raise ConfigError("model is an ExportedProgram: pass the nn.Module that was exported")
+    if type(model).__name__ == "ExportedProgram" or _is_exported(model):
+        raise ConfigError("the model comes from torch.export: pass the nn.Module that was exported")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
     if isinstance(model, GraphModule) and KEY in model.meta:
         raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+
+
+def _is_exported(model: Any) -> bool:
+    """What ``ExportedProgram.module()`` returns checks its inputs in a hook of torch's."""
+    hooks = model._forward_pre_hooks.values() if isinstance(model, GraphModule) else ()
+    homes = [str(getattr(hook, "__module__", "")) for hook in hooks]
+    return any(home.startswith(("torch.export", "torch._export")) for home in homes)
 
 
 def _check_own_calls(model: nn.Module) -> None:

@@ -198,6 +198,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Tensor, str]] = {
     "class": (lambda: Net, X, r"is the class Net: pass a module"),
     "state dict": (lambda: Net().state_dict(), X, r"is a OrderedDict"),
     "exported": (lambda: torch.export.export(Net().eval(), (X,)), X, r"the nn\.Module that was"),
+    "module of an exported program": (
+        lambda: torch.export.export(Net().eval(), (X,)).module(),
+        X,
+        r"the nn\.Module that was",
+    ),
     "quantized": (
         lambda: fxquant.quantize(Net().eval(), [X], backend="reference"),
         X,
@@ -213,7 +218,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Tensor, str]] = {
 def test_it_is_refused_before_any_work(name: str) -> None:
     make, x, message = REFUSED[name]
     model = make()
-    if isinstance(model, nn.Module) and name not in ("quantized", "prepared"):
+    if isinstance(model, nn.Module) and not isinstance(model, torch.fx.GraphModule):
         model.eval()
     before = fingerprint(model) if isinstance(model, nn.Module) else None
     with pytest.raises(ConfigError, match=message):
