@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Iterable, Mapping
@@ -198,9 +199,12 @@ def resolve_overrides(
 
 
 def split_example(example: Examples | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments."""
+    """Example inputs as positional and keyword arguments; a dataclass gives its fields by name."""
     if example is None:
         return (), {}
+    given: Any = example
+    if dataclasses.is_dataclass(given) and not isinstance(given, type | Mapping):
+        return (), {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, tuple | list):

@@ -5,6 +5,7 @@ Knows tensors, containers and signatures, and nothing of observers or graphs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
@@ -68,9 +69,12 @@ def describe(value: Any) -> str:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and mappings, in order."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
+    elif _is_record(value):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name, None))
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors(item)
@@ -79,12 +83,24 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
+def _is_record(value: Any) -> bool:
+    """Whether it is a dataclass that is no mapping besides."""
+    plain = not isinstance(value, type | Mapping)
+    return plain and dataclasses.is_dataclass(value)
+
+
 def moved(value: Any, device: torch.device | None) -> Any:
     """``value`` with its tensors on ``device``; the very object where they are there already."""
     if device is None or all(tensor.device == device for tensor in tensors(value)):
         return value
     if isinstance(value, Tensor):
         return value.to(device)
+    if _is_record(value):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            # Frozen ones too: the copy is nobody else's yet.
+            object.__setattr__(twin, field.name, moved(getattr(value, field.name), device))
+        return twin
     if isinstance(value, Mapping):
         return {name: moved(item, device) for name, item in value.items()}
     items = [moved(item, device) for item in value]

@@ -185,3 +185,17 @@ def test_moved_keeps_structure_and_leaves_alone_what_is_there() -> None:
     assert [t.device.type for t in tensors(there)] == ["meta"] * 3
     assert there["a"][1][1] == "x" and type(there["b"]) is Point and there["b"].b == 2
     assert IMAGE.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    image: Tensor
+    note: str = "none"
+
+
+def test_dataclasses_inside_batches_hold_tensors_and_move() -> None:
+    batch = {"batch": _Pictures(torch.ones(2))}
+    assert [t.shape for t in tensors(batch)] == [torch.Size([2])]
+    there = moved(batch, torch.device("meta"))["batch"]
+    assert type(there) is _Pictures and there.image.is_meta and there.note == "none"
+    assert not batch["batch"].image.is_meta
