@@ -234,3 +234,24 @@ def module_arguments(op: Op, module: nn.Module, args: tuple[Any, ...]) -> dict[s
         held = op.module_names.get(name, name)
         values[name] = constants.get(name, getattr(module, held, default))
     return op.tidied({name: values[name] for name in op.signature.parameters})
+
+
+def read_call(
+    found: tuple[tuple[Op, Spelling], ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call | Unreadable:
+    """The call, by the first spelling that its arguments fit."""
+    calls = [bind(*spelled, args, kwargs) for spelled in found]
+    return next((call for call in calls if isinstance(call, Call)), calls[0])
+
+
+def given_to(
+    op: Op, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """What a module is called with, in order; nothing if that is more than the op can say."""
+    if len(args) + len(kwargs) == 1:
+        return (*args, *kwargs.values())
+    names = list(inspect.signature(module.forward).parameters)
+    if op.target is None or not set(names) <= set(op.signature.parameters):
+        return ()
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return tuple(given.get(name) for name in names)

@@ -33,7 +33,7 @@ from fxquant.graph.op_table import (
     op_named,
     op_of,
 )
-from fxquant.graph.ops import Call, Kind, Op, SizeOf, Spelling, Unreadable, bind, module_arguments
+from fxquant.graph.ops import Call, Kind, Op, SizeOf, Spelling, Unreadable, bind, given_to, module_arguments, read_call
 from fxquant.graph.own_module import own_module
 from fxquant.graph.table_pools import WITH_INDICES
 from fxquant.graph.verify import Stage
@@ -72,7 +72,7 @@ class Canonicalize(Pass):
             return
         op = module_op(module)
         hooks = module._forward_hooks or module._forward_pre_hooks
-        args = _given(op, module, node) if op is not None else ()
+        args = given_to(op, module, tuple(node.args), node.kwargs) if op is not None else ()
         if op is None or hooks or not args:
             why = "it carries forward hooks" if hooks else _no_form(module)
             editor.note_values(node, opaque=why, value=_held(node))
@@ -111,7 +111,7 @@ class Canonicalize(Pass):
             why = f"the op table does not know {name}"
             editor.note_values(node, opaque=why, value=_held(node))
             return
-        call = _read(found, node)
+        call = read_call(found, tuple(node.args), node.kwargs)
         if isinstance(call, Call):
             call = _settle(_divide(editor, node, call))
         if isinstance(call, Unreadable):
@@ -122,23 +122,6 @@ class Canonicalize(Pass):
             editor.note_values(node, opaque=why, value="unknown")
             return
         _respell(editor, node, call)
-
-
-def _read(found: tuple[tuple[Op, Spelling], ...], node: Node) -> Call | Unreadable:
-    """The call, by the first spelling that its arguments fit."""
-    calls = [bind(*spelled, tuple(node.args), node.kwargs) for spelled in found]
-    return next((call for call in calls if isinstance(call, Call)), calls[0])
-
-
-def _given(op: Op, module: nn.Module, node: Node) -> tuple[Any, ...]:
-    """What a module is called with, in order; nothing if that is more than a canonical call says."""
-    if len(node.args) + len(node.kwargs) == 1:
-        return (*node.args, *node.kwargs.values())
-    names = list(inspect.signature(module.forward).parameters)
-    if not set(names) <= set(op.signature.parameters):
-        return ()
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return tuple(given.get(name) for name in names)
 
 
 def _divide(editor: Editor, node: Node, call: Call) -> Call:
