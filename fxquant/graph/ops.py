@@ -251,7 +251,7 @@ def given_to(
     if len(args) + len(kwargs) == 1:
         return (*args, *kwargs.values())
     names = list(inspect.signature(module.forward).parameters)
-    if op.target is None or not set(names) <= set(op.signature.parameters):
+    if not set(names) <= set(op.signature.parameters):
         return ()
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return tuple(given.get(name) for name in names)
