@@ -195,6 +195,7 @@ class Editor:
             node,
             rules=(*record.rules, draft.rule),
             opaque="",  # that was said of the call it stands beside
+            integral=False,
             qtype=None,
             macs=None,
             reads=None,

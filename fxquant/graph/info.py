@@ -79,6 +79,7 @@ class NodeInfo:
         owners: the enclosing modules as ``(path, class)``, outermost first.
         value: whether it yields a tensor, a tuple of tensors, one number, or a shape.
         held: what it yielded when it was captured with example inputs.
+        integral: whether that was a tensor of integers or booleans, or a tuple of some.
         config: the configuration that applies; ``None`` means float.
         configured_by: the override or default that chose ``config``.
         unit: label of the fused unit it belongs to.
@@ -100,6 +101,7 @@ class NodeInfo:
     owners: tuple[tuple[str, type], ...] = ()
     value: ValueKind = "unknown"
     held: ValueKind = "unknown"
+    integral: bool = False
     config: QConfig | None = None
     configured_by: str = ""
     unit: str | None = None
@@ -113,9 +115,9 @@ class NodeInfo:
     opaque: str = ""
     pinned: str = ""
 
-    def seen_as(self, kind: ValueKind) -> NodeInfo:
+    def seen_as(self, kind: ValueKind, *, integral: bool = False) -> NodeInfo:
         """This record, with what the node yielded on the example."""
-        return dataclasses.replace(self, held=kind)
+        return dataclasses.replace(self, held=kind, integral=integral)
 
 
 _EMPTY: Final = NodeInfo()

@@ -162,7 +162,7 @@ class Tracer(Answers, fx.Tracer):
             return value
         proxy._held = Held(value, constant, data)
         record: NodeInfo = proxy.node.meta[KEY]
-        proxy.node.meta[KEY] = record.seen_as(_kind(value))
+        proxy.node.meta[KEY] = record.seen_as(_kind(value), integral=_is_integral(value))
         if isinstance(value, Tensor) and may_drop_dims(proxy.node):
             self._dropped[proxy.node] = value.dim()
         if kind_of(value) in ("dict", "data"):
@@ -262,6 +262,14 @@ def _kind(value: Any) -> ValueKind:
         # What an LSTM returns is a tensor and a pair of them: neither.
         return "sizes" if all(isinstance(item, SCALARS) for item in value) else "unknown"
     return "unknown"
+
+
+def _is_integral(value: Any) -> bool:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return bool(parts) and all(
+        isinstance(part, Tensor) and not (part.is_floating_point() or part.is_complex())
+        for part in parts
+    )
 
 
 _FX_TYPES: Final = (tuple, list, dict, slice, range, torch.Size)

@@ -85,6 +85,14 @@ def tensor_sources(node: Node) -> tuple[Node, ...]:
     return tuple(flat_nodes(node.args[: len(op.tensors)]))
 
 
+def on_integers(node: Node) -> bool:
+    """Whether a call makes integers or booleans of integers: positions, masks, indices."""
+    return info(node).integral and all(
+        info(source).integral or info(source).value in ("scalar", "sizes")
+        for source in node.all_input_nodes
+    )
+
+
 def constant_values(graph: Graph) -> dict[Node, None]:
     """The values that depend on parameters and buffers alone, and on sizes at most."""
     found: dict[Node, None] = {}

@@ -22,7 +22,14 @@ from fxquant.graph.masks import masks_scores, reads_masked
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
-from fxquant.graph.view import Unit, constant_values, flat_nodes, tensor_sources, units
+from fxquant.graph.view import (
+    Unit,
+    constant_values,
+    flat_nodes,
+    on_integers,
+    tensor_sources,
+    units,
+)
 from fxquant.passes.base import Pass
 
 _FIXED: Final = Decision(False, "it is computed from parameters alone", "annotate")
@@ -64,6 +71,8 @@ class Annotate(Pass):
         op = op_of(head)
         if op is None:
             return Decision(False, "the op table does not know it", "the op table")
+        if all(on_integers(node) for node in unit.nodes):
+            return Decision(False, "it computes on integers", "annotate")
         record = info(head)
         config = record.config
         if config is None or config.activation is None:

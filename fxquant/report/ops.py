@@ -12,7 +12,7 @@ from fxquant.graph.info import QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
-from fxquant.graph.view import Unit, constant_values, flat_nodes, units, what
+from fxquant.graph.view import Unit, constant_values, flat_nodes, on_integers, units, what
 from fxquant.record import OpRecord
 
 _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
@@ -21,7 +21,8 @@ _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
 def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
     """One record per unit of a Q/DQ graph, in graph order; kernels are not known yet.
 
-    What depends on parameters alone is no op of the user's data, and has none.
+    What depends on parameters alone is no op of the user's data, and what computes masks,
+    positions and indices is none to quantize; they have no record.
 
     Args:
         graph: the graph right after the convert pass.
@@ -35,6 +36,8 @@ def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
     found = []
     for node in graph.nodes:
         unit = by_output.get(node)
+        if on_integers(node):
+            continue
         if unit is not None and not _is_question(unit):
             found.append(_of_unit(unit))
         elif info(node).opaque and node.op.startswith("call_") and not is_plumbing(node):
