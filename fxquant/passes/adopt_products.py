@@ -133,9 +133,7 @@ def _bias(editor: Editor, node: Node, total: Node) -> Tensor | None:
     return row if row is None or alpha == 1 else row.detach() * alpha
 
 
-def _linear(
-    editor: Editor, node: Node, source: Node, weight: Tensor, bias: Tensor | None
-) -> Node:
+def _linear(editor: Editor, node: Node, source: Node, weight: Tensor, bias: Tensor | None) -> Node:
     owners = info(node).owners
     path = f"{owners[-1][0]}.linear" if owners else "linear"
     layer = linear_of(_own(editor, weight), bias)
@@ -149,7 +147,8 @@ def _linear(
 def _own(editor: Editor, weight: Tensor) -> Tensor:
     """The user's parameter that ``weight`` is a view of all of, else a tensor in plain order."""
     for parameter in editor.module.parameters():
-        if parameter.data_ptr() == weight.data_ptr() and parameter.shape == weight.shape:
-            if parameter.stride() == weight.stride():
-                return parameter
+        same_memory = parameter.data_ptr() == weight.data_ptr()
+        same_layout = (parameter.shape, parameter.stride()) == (weight.shape, weight.stride())
+        if same_memory and same_layout:
+            return parameter
     return nn.Parameter(weight.detach().contiguous(), weight.requires_grad)

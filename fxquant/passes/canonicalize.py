@@ -7,9 +7,8 @@ parameters become calls of the standard ``nn`` modules; ``2 + x`` becomes ``add(
 from __future__ import annotations
 
 import builtins
-import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -33,7 +32,18 @@ from fxquant.graph.op_table import (
     op_named,
     op_of,
 )
-from fxquant.graph.ops import Call, Kind, Op, SizeOf, Spelling, Unreadable, bind, given_to, module_arguments, read_call
+from fxquant.graph.operands import is_tensor, settle
+from fxquant.graph.ops import (
+    Call,
+    Kind,
+    Op,
+    SizeOf,
+    Unreadable,
+    bind,
+    given_to,
+    module_arguments,
+    read_call,
+)
 from fxquant.graph.own_module import own_module
 from fxquant.graph.table_pools import WITH_INDICES
 from fxquant.graph.verify import Stage
@@ -85,7 +95,7 @@ class Canonicalize(Pass):
             return
         if getattr(module, "return_indices", False):
             op = op_named(f"{op.name}{WITH_INDICES}")
-        call = _settle(Call(op, module_arguments(op, module, args), inplace=False))
+        call = settle(Call(op, module_arguments(op, module, args), inplace=False))
         if isinstance(call, Unreadable):
             editor.note_values(node, opaque=call.reason, value="unknown")
             return
@@ -113,7 +123,7 @@ class Canonicalize(Pass):
             return
         call = read_call(found, tuple(node.args), node.kwargs)
         if isinstance(call, Call):
-            call = _settle(_divide(editor, node, call))
+            call = settle(_divide(editor, node, call))
         if isinstance(call, Unreadable):
             editor.note_values(node, opaque=call.reason, value="unknown")
             return
@@ -129,7 +139,7 @@ def _divide(editor: Editor, node: Node, call: Call) -> Call:
     if call.op.name != "div":
         return call
     number, tensor = call.arguments["input"], call.arguments["other"]
-    if _is_tensor(number) or not _is_tensor(tensor):
+    if is_tensor(number) or not is_tensor(tensor):
         return call
     reciprocal = op_named("reciprocal")
     if number == 1 and not isinstance(number, Node):
@@ -192,62 +202,6 @@ def _attribute(editor: Editor, node: Node) -> None:
     else:
         why = f"the op table does not know .{name}"
         editor.note_values(node, opaque=why, value=_held(node))
-
-
-def _settle(call: Call) -> Call | Unreadable:
-    """Put the tensor first where order does not matter; refuse what cannot be said canonically."""
-    op, given = call.op, call.arguments
-    first = given[op.tensors[0]]
-    if op.tensors == ("tensors",):
-        if isinstance(first, Node) and info(first).value == "tensors":
-            return call  # torch.cat(x.chunk(2))
-        parts = first if isinstance(first, tuple | list) else ()
-        if not parts or not all(isinstance(part, Node) for part in parts):
-            return Unreadable(f"{op.name} of something that is not a list of tensors")
-        return call
-    if op.commutes and not _is_tensor(first):
-        other = given[op.tensors[1]]
-        if given.get("alpha", 1) != 1 or not _is_tensor(other):
-            return Unreadable(f"{op.name} of two numbers, or with a scaled constant")
-        return Call(op, {**given, op.tensors[0]: other, op.tensors[1]: first}, call.inplace)
-    if op.name == "where" and not _is_tensor(first) and _is_tensor(given["other"]):
-        filled = {"input": given["other"], "mask": given["condition"], "value": first}
-        return Call(op_named("masked_fill"), filled, call.inplace)
-    reversed_ = _REVERSED.get(op.name)
-    if not _is_tensor(first) and reversed_ is not None and _is_tensor(given[reversed_[0]]):
-        return Call(op_named(reversed_[1]), reversed_[2](given), call.inplace)
-    if op.name == "rsub" and _is_tensor(given["other"]):
-        swapped = {"input": given["other"], "other": first, "alpha": given["alpha"]}
-        return Call(op_named("sub"), swapped, call.inplace)
-    if not _is_tensor(first):
-        return Unreadable(f"{op.name} of the constant {first!r}")
-    if op.name == "hardtanh" and (given["min_val"], given["max_val"]) == (0, 6):
-        return Call(op_named("relu6"), {"input": first}, call.inplace)
-    if op.name == "reshape" and any(isinstance(side, torch.dtype) for side in _sides(given)):
-        return Unreadable("view of other bits: x.view(dtype)")
-    if op.name in ("softmax", "log_softmax") and given["dim"] is None:
-        return Unreadable(f"{op.name} without dim: PyTorch guesses it from the rank in every call")
-    for name, value in given.items():
-        if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Node):
-            if info(value[0]).value == "sizes":
-                return Call(op, {**given, name: value[0]}, call.inplace)
-    return call
-
-
-_REVERSED: Final[dict[str, tuple[str, str, Callable[[Mapping[str, Any]], dict[str, Any]]]]] = {
-    "sub": ("other", "rsub", lambda g: {"input": g["other"], "other": g["input"], "alpha": 1}),
-    "pow": ("exponent", "power_of", lambda g: {"input": g["exponent"], "base": g["input"]}),
-}
-"""``2 - x`` and ``2 ** x``: where the tensor stands, the op with it in front, its arguments."""
-
-
-def _sides(given: Mapping[str, Any]) -> tuple[Any, ...]:
-    shape = given["shape"]
-    return tuple(shape) if isinstance(shape, tuple | list) else (shape,)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Node) and info(value).value not in _NUMBERS
 
 
 def _value_kind(node: Node, op: Op, arguments: Mapping[str, Any]) -> ValueKind:
@@ -316,7 +270,9 @@ _POSITIONAL: Final = (
 def _is_identity(op: Op, given: Mapping[str, Any]) -> bool:
     if op.name == "getitem":
         index = given["index"]
-        return all(part == slice(None) for part in (index if isinstance(index, tuple) else (index,)))
+        return all(
+            part == slice(None) for part in (index if isinstance(index, tuple) else (index,))
+        )
     if op.name == "dropout":
         return given["training"] is False or given["p"] == 0
     if op.name == "cast":

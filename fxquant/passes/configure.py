@@ -52,7 +52,9 @@ class Configure(Pass):
         Raises:
             ConfigError: a selector matches nothing.
         """
-        nodes = [n for n in editor.graph.nodes if n.op in ("call_module", "call_function", "call_method")]
+        nodes = [
+            n for n in editor.graph.nodes if n.op in ("call_module", "call_function", "call_method")
+        ]
         chosen: dict[Node, tuple[QConfig | None, str]] = {}
         for selector, config in self.overrides:
             matches = predicate(selector)
@@ -93,7 +95,9 @@ def _by_path(text: str) -> Predicate:
         try:
             pattern = re.compile(text[3:])
         except re.error as error:
-            raise ConfigError(f"the override selector {text!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"the override selector {text!r} is no regular expression: {error}"
+            ) from error
         return lambda node: any(pattern.fullmatch(path) for path in _paths(node))
     if any(sign in text for sign in "*?["):
         return lambda node: any(fnmatch.fnmatchcase(path, text) for path in _paths(node))
@@ -131,7 +135,11 @@ def _paths(node: Node) -> tuple[str, ...]:
 
 
 def _name(selector: Selector) -> str:
-    return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", str(selector))
+    return (
+        repr(selector)
+        if isinstance(selector, str)
+        else getattr(selector, "__name__", str(selector))
+    )
 
 
 def nothing_matches(selector: Selector, nodes: Iterable[Node]) -> str:

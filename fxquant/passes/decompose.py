@@ -133,7 +133,9 @@ def _inner(write: _Writer) -> Written:
     rank = info(second).rank
     if rank is None or rank > 2:
         return Unreadable(f"inner with an operand of {rank or 'unknown'} dimensions")
-    return write("matmul", first, second if rank < 2 else write("transpose", second, dim0=0, dim1=1))
+    return write(
+        "matmul", first, second if rank < 2 else write("transpose", second, dim0=0, dim1=1)
+    )
 
 
 def _tensordot(write: _Writer) -> Written:

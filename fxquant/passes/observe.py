@@ -75,9 +75,10 @@ def sites(editor: Editor) -> dict[Node, QSpec]:
     for unit in flow.int8_units():
         config = info(unit.head).config
         # Should no code stand for the constant that it puts in, its readers need its range.
-        if fill_of(unit.output) and flow.read_as_codes(unit.output) and config is not None:
-            if config.activation is not None:
-                found.setdefault(unit.output, config.result or config.activation)
+        if config is None or config.activation is None:
+            continue
+        if fill_of(unit.output) and flow.read_as_codes(unit.output):
+            found.setdefault(unit.output, config.result or config.activation)
     for value in found:
         config = info(value).config
         if wanted_int8(value) and config is not None and config.result is not None:

@@ -79,7 +79,7 @@ class ReadRanges(Pass):
 
     @staticmethod
     def _settle(editor: Editor, missing: dict[Node, str]) -> None:
-        """Units that lack a range on an input or a needed output go to float, until none is left."""
+        """Units that lack a range on an input or a needed output go to float, until none does."""
         changed = True
         while changed:
             changed = False

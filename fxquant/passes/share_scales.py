@@ -183,6 +183,4 @@ def _spanning(low: float, high: float, like: QType) -> QType:
     spec = QSpec("int8" if signed else "uint8", bits=bits)
     span = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
     qparams = choose_qparams(*span, spec)
-    return dataclasses.replace(
-        like, scale=qparams.scale_value, zero_point=qparams.zero_point_value
-    )
+    return dataclasses.replace(like, scale=qparams.scale_value, zero_point=qparams.zero_point_value)

@@ -2,7 +2,8 @@
 
     bn(w * x + b) = (w * s) * x + (b - mean) * s + beta,      s = gamma / sqrt(var + eps)
 
-One ``s`` per output channel, computed in float64, then rounded to the weight's type. The folded layer is a module of its own call:
+One ``s`` per output channel, computed in float64, then rounded to the weight's type. The folded
+layer is a module of its own call:
 another call of the same layer, with or without a batch norm, keeps the original weight.
 (Jacob et al. 2018, arXiv:1712.05877, section 3.2.)
 """

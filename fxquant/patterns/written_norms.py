@@ -1,6 +1,6 @@
 """Norms written out by hand become the module that computes them.
 
-    self.weight * (x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps))   ->   RMSNorm(x)
+self.weight * (x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps))   ->   RMSNorm(x)
 """
 
 from __future__ import annotations

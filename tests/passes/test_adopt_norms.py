@@ -52,12 +52,15 @@ def test_written_out_norms_become_modules(body: Body) -> None:
 NOT: dict[str, Body] = {
     "no weight": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
     "a cube": lambda m, x: m.weight * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + EPS)),
-    "another dimension": lambda m, x: m.weight
-    * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS)),
-    "another tensor": lambda m, x: m.weight
-    * (m.first(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
-    "no number": lambda m, x: m.weight
-    * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x.abs())),
+    "another dimension": lambda m, x: (
+        m.weight * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS))
+    ),
+    "another tensor": lambda m, x: (
+        m.weight * (m.first(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
+    ),
+    "no number": lambda m, x: (
+        m.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x.abs()))
+    ),
 }
 
 

@@ -210,7 +210,7 @@ def test_the_float_model_is_not_touched() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "x86"])
 def test_weights_that_lie_in_memory_in_another_order(backend: str) -> None:
-    """A transposed linear and a convolution in channels-last order: kernels pack what lies there."""
+    """A transposed linear and a convolution in channels-last order are packed as they lie."""
     linear, image = nn.Linear(6, 6), nn.Conv2d(4, 6, 3)
     linear.weight = nn.Parameter(linear.weight.detach().t())
     weight = image.weight.detach().contiguous(memory_format=torch.channels_last)

@@ -197,7 +197,8 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = x.size()[:-1] + (self.outputs,)
+        # As transformers writes it.
+        shape = x.size()[:-1] + (self.outputs,)  # noqa: RUF005
         x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
         return x.view(shape)
 

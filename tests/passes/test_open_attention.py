@@ -1,4 +1,4 @@
-"""Open attention: the products give the numbers of the one op, and only where they are asked for."""
+"""Open attention: the products give the numbers of the one op, and only where asked for."""
 
 from __future__ import annotations
 

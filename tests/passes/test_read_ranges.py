@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.graph.info import info
 from fxquant.graph.view import render
 from fxquant.numerics.qparams import QParams
@@ -103,8 +104,15 @@ def test_arithmetic_on_integers_goes_back_to_float() -> None:
     def body(m: Any, x: Any) -> Any:
         return m.emb(x + 1)
 
-    module = measured(One(body, emb=nn.Embedding(9, 4)).eval(), torch.randint(0, 5, (3, 2)))
-    assert decisions(module)["add"] == (False, "%x is not a floating-point tensor")
+    model, x = One(body, emb=nn.Embedding(9, 4)).eval(), torch.randint(0, 5, (3, 2))
+    assert decisions(measured(model, x))["add"] == (False, "it computes on integers")
+    # Without an example only calibration can tell.
+    prepared = fxquant.prepare(nn.Sequential(model, nn.Linear(4, 4)).eval())
+    fxquant.calibrate(prepared, [x])
+    rows = fxquant.report(fxquant.convert(prepared)).to_dict()["ops"]
+    assert [row["why"] for row in rows if row["op"] == "add"] == [
+        "%input_1 is not a floating-point tensor"
+    ]
 
 
 def test_reading_leaves_the_graph_as_before_observing() -> None:

@@ -173,4 +173,7 @@ def test_a_chain_between_layers_is_one_table(name: str) -> None:
     ops = fxquant.report(q).ops
     assert [op.op for op in ops] == ["linear", "unary", "linear"]
     kernels = [op.kernel for op in ops]
-    assert kernels in (["X86Linear", "TableCodes", "X86Linear"], ["X86Linear", "float", "X86Linear"])
+    assert kernels in (
+        ["X86Linear", "TableCodes", "X86Linear"],
+        ["X86Linear", "float", "X86Linear"],
+    )
