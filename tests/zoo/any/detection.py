@@ -212,5 +212,5 @@ class YOLO(nn.Module):
 CASES = {
     "ssd": Case(SSD, images(), 32, empty=False),
     "retinanet": Case(RetinaNet, images(), 32, 48, empty=False),
-    "yolo": Case(YOLO, images(), 32, 64, bias=0.5),
+    "yolo": Case(YOLO, images(), 32, 64, bias=1.0),
 }

@@ -133,6 +133,6 @@ class GroupNormNet(nn.Module):
 
 
 CASES = {
-    "regnet": Case(RegNet, images(), 48, 64, plain=True),
+    "regnet": Case(RegNet, images(), 48, 64, plain=True, bias=0.5),
     "group_norm_resnet": Case(GroupNormNet, images(), 32, 40),
 }
