@@ -37,6 +37,11 @@ class X86Stem(X86Conv):
         limits = (reads.scale, reads.zero_point, reads.quant_min, reads.quant_max)
         if x.dim() == self._unbatched:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        if x.dim() != _PICTURE or x.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"this convolution reads {self.weight.shape[1]} channels, [batch, channels, "
+                f"height, width], and got {list(x.shape)}"
+            )
         if x.numel() == 0:
             return self._nothing(quantize(x, *limits, reads.dtype))
         result: Tensor = self._kernel(quantize_pixels(x, *limits), *self._call)

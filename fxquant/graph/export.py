@@ -45,8 +45,8 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     Example:
         >>> graph = export_graph(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {})
-        >>> [node.name for node in graph.graph.nodes][0]
-        'input'
+        >>> tuple(graph(torch.ones(3, 2)).shape)
+        (3, 2)
     """
     try:
         given = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

@@ -17,6 +17,7 @@ def size(input: Tensor, dim: int | None = None) -> Any:
     """``input.size()``, or ``input.size(dim)``.
 
     Example:
+        >>> import torch
         >>> size(torch.zeros(2, 3)), size(torch.zeros(2, 3), 1)
         (torch.Size([2, 3]), 3)
     """

@@ -132,6 +132,9 @@ CUT: Final[dict[str, Op]] = {
     "values and places": Op(
         lambda m, y, z: y.gather(1, y.topk(2, 1)[1]) .flip(1), "gather"
     ),
+}  # fmt: skip
+
+UNPOOLED: Final[dict[str, Op]] = {
     "pooled and back": Op(
         lambda m, y, z: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), [2, 2]),
         "max_unpool_codes",
@@ -144,8 +147,18 @@ CUT: Final[dict[str, Op]] = {
         ),
     ),
 }  # fmt: skip
+"""Pooling with indices is faster in float, so codes are made again for the way back."""
 
 CASES: Final = {**SELECTED, **MOVED, **CUT}
+
+
+@pytest.mark.parametrize("name", UNPOOLED)
+def test_unpooling_gives_the_codes_of_the_reference(name: str) -> None:
+    case = UNPOOLED[name]
+    found = check_ops(case.model(), *batches(case.shape))
+    assert all(one.worst == 0 for one in found.kernels[case.kernel])
+    left = [op for op in fxquant.report(found.lowered).ops if not op.int8]
+    assert all("indices" in op.why or "faster in float" in op.why for op in left)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -265,7 +265,6 @@ MOVES: Final[dict[str, Op]] = {
 
 IN_FLOAT: Final[dict[str, Op]] = {
     "unknown": Op(lambda m, y, z: torch.cumsum(y, 1), "float"),
-    "reversed chunks": Op(lambda m, y, z: torch.cat(y.chunk(2, 1)[::-1], 1), "float"),
     "spread": Op(lambda m, y, z: y.var(1, keepdim=True), "float"),
 }  # fmt: skip
 """Ops without an int8 form or kernel: they must run anyway, and the report must say so."""

@@ -88,3 +88,10 @@ def test_one_code_of_the_reference() -> None:
     torch.manual_seed(1)
     checked = check_ops(Net(3, padding=1).eval(), torch.randn(4, 3, 20, 20))
     assert "X86Stem" in checked.kernels
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 2, 8, 8), (3, 3), (1, 2, 3, 8, 8)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    lowered = converted(Net(3), torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="reads 3 channels"):
+        lowered.first(torch.randn(shape))

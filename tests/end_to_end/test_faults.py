@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.backends.x86_stem import X86Stem
 from fxquant.errors import CalibrationError, FxQuantError
 from fxquant.graph.info import QType, info
 from tests.end_to_end.models import images, residual
@@ -32,7 +33,9 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def types(model: Any) -> list[QType]:
-    return [w for n in model.graph.nodes if (w := info(n).writes) is not None]
+    """The types of all codes, the input's first, which a first layer may make by itself."""
+    stems = [m.reads for m in model.modules() if isinstance(m, X86Stem)]
+    return stems + [w for n in model.graph.nodes if (w := info(n).writes) is not None]
 
 
 X = images()[0]

@@ -169,7 +169,9 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, nn.SiLU()], ids=["relu", "gelu", "tanh", "silu"])
+@pytest.mark.parametrize(
+    "activation", ["relu", "gelu", torch.tanh, nn.SiLU()], ids=["relu", "gelu", "tanh", "silu"]
+)
 def test_transformer_layers(activation: Any, norm_first: bool) -> None:
     options: dict[str, Any] = {"activation": activation, "norm_first": norm_first}
     layer = drawn(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True, **options))
