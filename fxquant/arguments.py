@@ -51,12 +51,12 @@ def check_model(model: nn.Module) -> None:
         ConfigError: says what to pass instead.
     """
     _check_kind(model)
-    _check_own_calls(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ConfigError(f"{name} has no shape yet: run the model once before quantizing it")
         if tensor.device.type == "meta":
             raise ConfigError(f"{name} is on the meta device and has no values: load the weights")
+    _check_own_calls(model)
     _check_dtype(model)
     for name, weight in model.named_parameters():
         if not _is_finite(weight.detach()):

@@ -32,6 +32,7 @@ from fxquant.errors import (
     FxQuantError,
     warn_user,
 )
+from fxquant.graph.held_state import state_kept
 from fxquant.numerics.observers import NonFiniteError, Observer
 
 Progress = Callable[[int, int | None], None]
@@ -206,7 +207,7 @@ def _run_function(model: nn.Module, function: Any, progress: Progress | None) ->
 
 @contextmanager
 def _calibrating(model: nn.Module, observers: list[Observer]) -> Generator[None]:
-    """Observers on; mode, grad mode and random state put back at the end, failure or not."""
+    """Observers on; at the end, or on failure, all else is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     grad = torch.is_grad_enabled()
     device = _device(model)
@@ -217,6 +218,7 @@ def _calibrating(model: nn.Module, observers: list[Observer]) -> Generator[None]
         torch.random.fork_rng(devices=cuda),
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
+        state_kept(model),
     ):
         try:
             for observer in observers:

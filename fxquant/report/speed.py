@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.held_state import state_kept
 from fxquant.graph.info import info
 from fxquant.graph.view import what
 from fxquant.numerics.observers import Observer
@@ -54,7 +55,7 @@ def compare_speed(
     for observer in observers:
         observer.enabled = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), state_kept(prepared, converted):
             return _compare(prepared, converted, inputs)
     except (RuntimeError, IndexError, ValueError):
         # A model that fixes its batch size in its code does not run at batch 1; then no check.
