@@ -21,7 +21,8 @@ from fxquant.record import KEY
 from fxquant.spec import QConfig, resolve_qconfig
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-Overrides = Mapping[Selector, QConfig | str | None]
+# Mapping is invariant in its keys: with Selector, a dict of functions alone would be no Overrides.
+Overrides = Mapping[Any, QConfig | str | None]
 
 
 def ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:

@@ -76,10 +76,10 @@ def check_input(
     for what, expected, found in facts:
         if expected is not None and found != expected:
             raise GuardError(
-                f"{where}\n  this line depends on the {what} of {name!r}, which were or was "
-                f"{expected} when the model was captured and now is {found}: the graph holds only "
-                "the way taken then. Feed inputs like the example, or quantize again with "
-                "example_inputs like these"
+                f"{where}\n  this line depends on the {what} of {name!r}: {expected} when the "
+                f"model was captured, {found} in this call. The graph holds only the way taken "
+                "then: feed inputs like the example, or quantize again with example_inputs like "
+                "these"
             )
 
 

@@ -372,7 +372,7 @@ def test_unused_calls_without_effect_go_and_those_with_effect_stay() -> None:
 
     module = canonical(One(body), torch.randn(2, 3))
     assert names(module) == ["check_input", "add"]
-    with pytest.raises(GuardError, match="dimensions of 'x', which were or was 2"):
+    with pytest.raises(GuardError, match="dimensions of 'x': 2 when the model was captured"):
         module(torch.randn(3))
 
 
