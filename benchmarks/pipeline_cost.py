@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -125,14 +127,17 @@ def imports(args: Namespace) -> Figures:
         "import fxquant; print(b - a, time.perf_counter() - b)"
     )
     torch_s, own_s = [], []
-    for _ in range(args.rounds + 1):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        first, second = done.stdout.split()
-        torch_s.append(float(first))
-        own_s.append(float(second))
-    del torch_s[0], own_s[0]  # the first one reads the files from disk and may write bytecode
+    with tempfile.TemporaryDirectory() as cache:
+        # As installed: pip compiles what it installs, wherever this runs from.
+        there = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        there.pop("PYTHONDONTWRITEBYTECODE", None)
+        for _ in range(args.rounds + 1):
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=there)
+            first, second = done.stdout.split()
+            torch_s.append(float(first))
+            own_s.append(float(second))
+    del torch_s[0], own_s[0]  # the first one reads the files from disk and writes bytecode
     table = [[spread(torch_s), spread(own_s, 3), "0.3"]]
     show("Import, seconds", ["torch", "fxquant on top", "at most"], table)
     return {"torch_s": torch_s, "fxquant_s": own_s}

@@ -26,7 +26,8 @@ def spellings(
     read: Read | None = None,
 ) -> dict[Any, Spelling]:
     """The same signature for several functions, methods or attributes."""
-    return {key: Spelling(sig(like), inplace, read) for key in keys}
+    spelling = Spelling(sig(like), inplace, read)
+    return dict.fromkeys(keys, spelling)
 
 
 def fixed(**values: Any) -> Read:
