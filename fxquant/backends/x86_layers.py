@@ -96,8 +96,11 @@ class X86Layer(nn.Module):
             return 1.0, 0, torch.float32
         return self.writes.scale, self.writes.zero_point, self.writes.dtype
 
-    def _channel_scale(self) -> Tensor:
-        return self.weight_scale
+    def _ending(self, other: QType | None = None) -> tuple[Any, ...]:
+        """The last arguments of every kernel: its output, what it adds, and its post-op."""
+        added = () if other is None else (other.scale, other.zero_point, "sum", 1.0)
+        post = (self.post.name, list(self.post.scalars), self.post.algorithm)
+        return (*self._output(), *added, *post)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what :meth:`pack` makes, which cannot be copied or pickled."""
@@ -179,10 +182,7 @@ class X86Conv(X86Layer):
             list(g.padding),
             list(g.dilation),
             g.groups,
-            *self._output(),
-            self.post.name,
-            list(self.post.scalars),
-            self.post.algorithm,
+            *self._ending(),
         )
 
     def _nothing(self, codes: Tensor) -> Tensor:
@@ -228,14 +228,7 @@ class X86ConvSum(X86Conv):
             list(g.padding),
             list(g.dilation),
             g.groups,
-            *self._output(),
-            self.other.scale,
-            self.other.zero_point,
-            "sum",
-            1.0,
-            self.post.name,
-            list(self.post.scalars),
-            self.post.algorithm,
+            *self._ending(self.other),
         )
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
@@ -275,10 +268,7 @@ class X86Linear(X86Layer):
             self.weight_scale,
             zeros,
             self.bias,
-            *self._output(),
-            self.post.name,
-            list(self.post.scalars),
-            self.post.algorithm,
+            *self._ending(),
         )
 
     def _matrix(self) -> Tensor:
@@ -318,14 +308,7 @@ class X86LinearSum(X86Linear):
         )
         self._call = (
             self.bias,
-            *self._output(),
-            self.other.scale,
-            self.other.zero_point,
-            "sum",
-            1.0,
-            self.post.name,
-            list(self.post.scalars),
-            self.post.algorithm,
+            *self._ending(self.other),
         )
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
