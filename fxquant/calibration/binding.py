@@ -25,7 +25,8 @@ def bind_batch(
     """Turn a batch into the arguments ``forward`` takes.
 
     A Tensor is fed as ``m(x)``, a mapping or dataclass as ``m(**batch)``, a tuple or list as
-    ``m(*batch)``, each only where the signature of ``forward`` takes it. Class labels that would
+    ``m(*batch)``, each only where the signature of ``forward`` takes it; a dataclass whose fields
+    it does not take is fed as it is. Class labels that would
     land in an *optional* argument are refused: see :func:`_refuse_labels`.
 
     Args:
@@ -42,6 +43,12 @@ def bind_batch(
     """
     args, kwargs = spread(batch, index)
     signature = inspect.signature(model.forward)
+    if (
+        _is_record(batch)
+        and not _takes(signature, args, kwargs)
+        and _takes(signature, (batch,), {})
+    ):
+        return (batch,), {}  # forward takes the object, not its fields
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -52,6 +59,14 @@ def bind_batch(
         ) from error
     _refuse_labels(signature, args, batch, index)
     return args, kwargs
+
+
+def _takes(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def describe(value: Any) -> str:

@@ -102,10 +102,17 @@ def check_bound(value: Any, expected: Any, name: str, optional: bool = False) ->
     if has_torch_function((value,)) and not isinstance(value, Tensor):
         handle_torch_function(check_bound, (value,), value, expected, name, optional)
         return
+    again = name if isinstance(value, Tensor) else f"{name}={_shown(value)}"
     raise GuardError(
-        f"argument {name!r} is {value!r}, but this graph was captured with {expected!r}: the graph "
-        f"holds only that case. Quantize again with {name}={value!r} in example_inputs"
+        f"argument {name!r} is {_shown(value)}, but this graph was captured with "
+        f"{_shown(expected)}: the graph holds only that case. Quantize again with {again} in "
+        "example_inputs"
     )
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: no one reads the numbers of a tensor there."""
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
 
 
 def _same(value: Any, expected: Any) -> bool:

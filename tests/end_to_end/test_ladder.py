@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import ConfigError, TraceError
+from fxquant.errors import ConfigError, GuardError, TraceError
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -215,3 +215,34 @@ def test_containers_and_questions_about_sizes() -> None:
             real, codes = model(batch), q(batch)
         assert type(codes) is Features and codes.extra is None
         assert sqnr(real.map, codes.map) > 25 and sqnr(real.pooled, codes.pooled) > 25
+
+
+@dataclass
+class Words:
+    """A batch as an object."""
+
+    x: Tensor
+    times: int = 2
+
+
+class TakesWords(nn.Module):
+    """Takes the object itself, or a second tensor that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, words: Words, more: Tensor | None = None) -> Words:
+        y = self.fc(words.x) * words.times
+        return Words(y if more is None else y + more, words.times)
+
+
+def test_a_dataclass_is_fed_whole_where_forward_takes_it_whole() -> None:
+    torch.manual_seed(0)
+    model = TakesWords().eval()
+    quantized = fxquant.quantize(model, [Words(torch.randn(64, 4))])
+    found, wanted = (m(Words(torch.ones(3, 4))) for m in (quantized, model))
+    assert type(found) is Words and found.times == 2
+    torch.testing.assert_close(found.x, wanted.x, rtol=0, atol=0.05)  # 8 bits over about +-4
+    with pytest.raises(GuardError, match=r"'more' is a tensor \[3, 4\], .* captured with None"):
+        quantized(Words(torch.ones(3, 4)), torch.ones(3, 4))

@@ -91,7 +91,7 @@ def test_without_example_inputs_only_what_has_no_default_is_an_input() -> None:
     ("kwargs", "text"),
     [
         ({"scale": 2.0}, r"argument 'scale' is 2\.0, but this graph was captured with 1\.0"),
-        ({"y": Y}, "argument 'y' is tensor.*captured with None"),
+        ({"y": Y}, "argument 'y' is a tensor.*captured with None"),
         ({"flip": True}, "argument 'flip' is True, but this graph was captured with False"),
         ({"mode": "double"}, r"Quantize again with mode='double' in example_inputs"),
         ({"scale": 1}, "argument 'scale' is 1, but"),
