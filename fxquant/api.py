@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
 _MODES: Final = ("static",)
+_NEED_DATA: Final = ("static",)
+"""Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -113,42 +116,56 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     resolve_backend(backend)
     check_share(min_coverage)
     check_mode(mode, _MODES)
-    resolve_qconfig(qconfig)
-    resolve_overrides(overrides)
-    check_patterns(patterns)
+    wishes = _wishes(mode, qconfig, overrides, patterns, strict)
     model = unwrapped(model)
     check_model(model)
+    feed = _Feed(calibration, transform, max_batches, progress)
     with torch.random.fork_rng(devices=[]):
-        prepared = _prepare_and_calibrate(
-            model,
-            calibration,
-            example_inputs,
-            (qconfig, overrides, patterns, strict),
-            (transform, max_batches, progress),
-        )
+        prepared = _prepare_and_calibrate(model, example_inputs, wishes, feed)
         return convert(prepared, backend=backend, min_coverage=min_coverage)
 
 
+@dataclass(frozen=True)
+class _Feed:
+    """Calibration data and how it is fed: what :func:`calibrate` takes."""
+
+    data: Any
+    transform: Callable[[Any], Any] | None
+    max_batches: int | None
+    progress: Callable[[int, int | None], None] | None
+
+
 def _prepare_and_calibrate(
-    model: nn.Module,
-    calibration: Any,
-    example_inputs: Examples | None,
-    wishes: tuple[QConfig | str | None, Overrides | None, Sequence[Rule], bool],
-    feed: tuple[Callable[[Any], Any] | None, int | None, Callable[[int, int | None], None] | None],
+    model: nn.Module, example_inputs: Examples | None, wishes: Wishes, feed: _Feed
 ) -> GraphModule:
-    transform, max_batches, progress = feed
-    if calibration is None:
-        calibration = synthesize(model, tensor_example(example_inputs))
-        transform = None
-    if example_inputs is None:
-        first = feeding.first_batch(calibration, transform, model=model)
-        args, kwargs, calibration, transform = first.args or (), first.kwargs, first.replay, None
-    else:
-        args, kwargs = split_example(example_inputs)
-    prepared = _prepare(model, args, kwargs, *wishes)
-    calibrate(
-        prepared, calibration, transform=transform, max_batches=max_batches, progress=progress
-    )
+    data, transform = feed.data, feed.transform
+    if data is None and wishes.mode in _NEED_DATA:
+        data, transform = synthesize(model, tensor_example(example_inputs)), None
+    args, kwargs = split_example(example_inputs)
+    if example_inputs is None and data is not None:
+        first = feeding.first_batch(data, transform, model=model)
+        args, kwargs, data, transform = first.args or (), first.kwargs, first.replay, None
+    prepared = _prepare(model, args, kwargs, wishes)
+    watched = [m.path for m in prepared.modules() if isinstance(m, Observer)]
+    if data is not None and watched:
+        calibrate(
+            prepared,
+            data,
+            transform=transform,
+            max_batches=feed.max_batches,
+            progress=feed.progress,
+        )
+    elif watched:
+        raise CalibrationError(
+            f"an override asks for ranges known beforehand, of {watched[0]} for one, and mode "
+            f"{wishes.mode!r} brings none: pass calibration data as the second argument"
+        )
+    elif feed.data is not None:
+        warn_user(
+            f"mode {wishes.mode!r} needs no calibration data: what was passed is used as an "
+            "example of the inputs only",
+            FxQuantWarning,
+        )
     return prepared
 
 
@@ -182,9 +199,9 @@ def prepare(
     """
     resolve_backend(backend)
     check_mode(mode, _MODES)
+    wishes = _wishes(mode, qconfig, overrides, patterns, strict)
     args, kwargs = split_example(example_inputs)
-    model = unwrapped(model)
-    return _prepare(model, args, kwargs, qconfig, overrides, patterns, strict)
+    return _prepare(unwrapped(model), args, kwargs, wishes)
 
 
 @_outside_inference_mode
@@ -236,7 +253,7 @@ def convert(
     if not isinstance(prepared, GraphModule) or record.backend:
         raise ConfigError("this model is converted already: pass what prepare() returned")
     observers = [m for m in prepared.modules() if isinstance(m, Observer)]
-    if not any(observer.seen for observer in observers):
+    if observers and not any(observer.seen for observer in observers):
         raise CalibrationError(
             "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
         )
@@ -258,25 +275,28 @@ def backends() -> tuple[Availability, ...]:
     return available_backends()
 
 
-def _prepare(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+def _wishes(
+    mode: Mode,
     qconfig: QConfig | str | None,
     overrides: Overrides | None,
     patterns: Sequence[Rule],
     strict: bool,
+) -> Wishes:
+    """What the user asked for, checked."""
+    default = resolve_qconfig(qconfig, mode)
+    check_patterns(patterns)
+    return Wishes(default, resolve_overrides(overrides), tuple(patterns), strict, mode)
+
+
+def _prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wishes: Wishes
 ) -> GraphModule:
     check_model(model)
     check_floats(model, args, kwargs)
-    default = resolve_qconfig(qconfig)
-    chosen = resolve_overrides(overrides)
-    check_patterns(patterns)
     if model.training:
         warn_user(
             "the model is in training mode; its copy is put in eval mode for quantization",
             FxQuantWarning,
         )
-    wishes = Wishes(default, chosen, tuple(patterns), strict)
     with torch.random.fork_rng(devices=[]), collector_paused():
         return with_user_class(build(model, args, kwargs, wishes), model)

@@ -17,6 +17,7 @@ from fxquant.errors import ConfigError, TraceError
 from fxquant.graph.capture import Captured, capture
 from fxquant.graph.copies import deep_copy
 from fxquant.graph.edit import Editor
+from fxquant.graph.flow import wanted
 from fxquant.graph.pieces import (
     Alone,
     Calls,
@@ -38,9 +39,11 @@ from fxquant.record import OpRecord, Part, Record, Snapshot, attach, record_of
 from fxquant.report.checks import nothing_int8, size_in_bytes
 from fxquant.report.ops import read_ops, with_kernels
 from fxquant.report.speed import example_of
-from fxquant.spec import QConfig
+from fxquant.spec import Mode, QConfig, Scheme
 
 IN_FLOAT: Final = "left in float"
+WITHOUT_DATA: Final[tuple[Scheme, ...]] = ("dynamic", "weight_only")
+"""Schemes that need no calibration."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Wishes:
         overrides: selectors and what applies to them, in order.
         patterns: fusion rules beside the built-in ones.
         strict: raise where a module would have to stay the user's own code.
+        mode: the mode the model is made in.
         matched: the places of the overrides that matched something so far.
     """
 
@@ -59,6 +63,7 @@ class Wishes:
     overrides: tuple[tuple[Selector, QConfig | None], ...] = ()
     patterns: tuple[Rule, ...] = ()
     strict: bool = False
+    mode: Mode = "static"
     matched: set[int] = field(default_factory=set)
 
 
@@ -81,9 +86,17 @@ def build(
     module = _build(model, args, kwargs, wishes, "")
     if len(record_of(module).parts) > 1:
         _check_overrides(module, wishes)
-    if not any(isinstance(m, Observer) for m in module.modules()):
+    if not _has_work(module):
         raise nothing_int8(read_ops(module.graph))
     return module.eval()
+
+
+def _has_work(module: GraphModule) -> bool:
+    """Whether something is to be calibrated, or was decided to become int8 without that."""
+    if any(isinstance(m, Observer) for m in module.modules()):
+        return True
+    nodes = [n for m in module.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    return any(wanted(node, scheme) for node in nodes for scheme in WITHOUT_DATA)
 
 
 def _build(
@@ -94,7 +107,7 @@ def _build(
     module = captured.module
     if path:
         prefix_paths(module, path, None if is_alone(model) else type(model))
-    record = Record("static", rung=captured.rung, bytes_before=size_in_bytes(model))
+    record = Record(wishes.mode, rung=captured.rung, bytes_before=size_in_bytes(model))
     record.snapshots.append(first_snapshot(module, time.perf_counter() - start))
     parts = _build_parts(captured, args, kwargs, wishes, path) if captured.leaves else []
     recipe = prepare_recipe(
@@ -148,7 +161,7 @@ def _build_parts(
                 raise
             made.append(Part(at, IN_FLOAT, str(error).splitlines()[0]))
             continue
-        if any(isinstance(m, Observer) for m in part.modules()):
+        if _has_work(part):
             _put(module, child, part)
             record = record_of(part)
             made.append(Part(at, record.rung, record.parts[0].why, place))

@@ -32,7 +32,7 @@ from fxquant.passes.unshare import Unshare
 from fxquant.patterns.builtin import FUSION_RULES
 from fxquant.patterns.rule import Rule
 from fxquant.pipeline import Pipeline
-from fxquant.spec import QConfig
+from fxquant.spec import QConfig, Scheme
 
 _BACKENDS: Final[dict[str, Callable[[], Backend]]] = {"x86": X86, "reference": Reference}
 """Fastest first: the order in which ``"auto"`` tries them."""
@@ -41,6 +41,10 @@ _ABOUT: Final = {
     "x86": "torch's built-in oneDNN int8 operators",
     "reference": "quantize and dequantize in float, every device, the numerical truth",
 }
+
+
+OTHER_OPS: Final[dict[Scheme, frozenset[str]]] = {}
+"""Ops with an int8 form by another scheme than the static one."""
 
 
 def prepare_recipe(
@@ -75,7 +79,7 @@ def prepare_recipe(
             Configure(qconfig, overrides, must_match),
             OpenAttention(),
             Fuse((*patterns, *FUSION_RULES), known),
-            Annotate(INT8_OPS, REASONS),
+            Annotate(INT8_OPS, REASONS, OTHER_OPS),
             Observe(),
         )
     )

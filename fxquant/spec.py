@@ -10,13 +10,16 @@ from typing import Final, Literal
 from fxquant.errors import ConfigError
 
 Dtype = Literal["uint8", "int8"]
-Granularity = Literal["tensor", "channel"]
-ObserverKind = Literal["histogram", "minmax", "moving_average"]
+Granularity = Literal["tensor", "channel", "row", "group"]
+ObserverKind = Literal["histogram", "minmax", "moving_average", "runtime"]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["static", "dynamic", "qat", "weight_only", "float16", "bfloat16", "auto"]
+Scheme = Literal["static", "dynamic", "weight_only", "float"]
 
 _DTYPES: Final = ("uint8", "int8")
-_GRANULARITIES: Final = ("tensor", "channel")
-_OBSERVERS: Final = ("histogram", "minmax", "moving_average")
+_GRANULARITIES: Final = ("tensor", "channel", "row", "group")
+_OBSERVERS: Final = ("histogram", "minmax", "moving_average", "runtime")
+_FLOATS: Final = ("float32", "bfloat16", "float16")
 
 
 def _choose(field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -34,9 +37,14 @@ class QSpec:
         dtype: ``"uint8"`` or ``"int8"``, the type the codes are stored in.
         bits: how many of its 8 bits are used, 2 to 8.
         symmetric: whether the zero point is fixed at the middle of the code range.
-        granularity: ``"tensor"`` for one scale, ``"channel"`` for one scale per output channel.
+        granularity: ``"tensor"`` for one scale, ``"channel"`` for one scale per output channel;
+            of activations quantized at run time also ``"row"``, one scale for each row (token)
+            or sample; of weights that are stored and not computed with also ``"group"``, one
+            scale for every ``group_size`` neighbours of an output channel.
         observer: what watches the tensor during calibration: ``"histogram"`` (streaming
-            histogram, range chosen by mean squared error), ``"minmax"`` or ``"moving_average"``.
+            histogram, range chosen by mean squared error), ``"minmax"`` or ``"moving_average"``;
+            ``"runtime"`` watches nothing and takes the range of the tensor itself in every call.
+        group_size: how many weights share a scale where ``granularity`` is ``"group"``, else 0.
 
     Raises:
         ConfigError: a field has a value that cannot work.
@@ -51,6 +59,7 @@ class QSpec:
     symmetric: bool = False
     granularity: Granularity = "tensor"
     observer: ObserverKind = "histogram"
+    group_size: int = 0
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, _DTYPES)
@@ -60,6 +69,27 @@ class QSpec:
             raise ConfigError(f"QSpec.bits is {self.bits!r}: it must be an integer from 2 to 8")
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"QSpec.symmetric is {self.symmetric!r}: it must be True or False")
+        self._check_granularity()
+
+    def _check_granularity(self) -> None:
+        if self.granularity == "row" and self.observer != "runtime":
+            raise ConfigError(
+                "QSpec.granularity is 'row', and only what is quantized at run time has one scale "
+                "per row: pass observer='runtime' with it"
+            )
+        if self.observer == "runtime" and self.granularity not in ("row", "tensor"):
+            raise ConfigError(
+                f"QSpec.granularity is {self.granularity!r}: what is quantized at run time has one "
+                "scale per 'row' or one per 'tensor'"
+            )
+        grouped, size = self.granularity == "group", self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or size % 8 or size < 8 * grouped:
+            raise ConfigError(
+                f"QSpec.group_size is {size!r}: groups of weights have a multiple of 8 members, "
+                "such as 32, 64 or 128"
+            )
+        if size and not grouped:
+            raise ConfigError(f"QSpec.group_size is {size} and needs granularity='group'")
 
     @property
     def quant_min(self) -> int:
@@ -76,6 +106,8 @@ class QSpec:
 
 DEFAULT_ACTIVATION: Final = QSpec()
 DEFAULT_WEIGHT: Final = QSpec("int8", symmetric=True, granularity="channel", observer="minmax")
+ROWS: Final = QSpec(granularity="row", observer="runtime")
+"""Activations quantized at run time, one scale and zero point for each row."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +115,12 @@ class QConfig:
     """How one op is quantized: its inputs, its weight, its output.
 
     Args:
-        activation: the spec of the op's activation inputs; ``None`` leaves the op in float.
+        activation: the spec of the op's activation inputs; ``None`` leaves them in float: an op
+            with a weight then computes in float from a stored integer weight.
         weight: the spec of its weight; ``None`` leaves an op that has a weight in float.
         output: the spec of its result; the default ``"same"`` takes ``activation``, ``None``
             lets the op write float (its inputs and weight stay int8).
+        float_dtype: what the op computes in, and reads and writes, where it is not int8.
 
     Raises:
         ConfigError: a field is neither a :class:`QSpec` nor one of the values above.
@@ -100,24 +134,63 @@ class QConfig:
     activation: QSpec | None = DEFAULT_ACTIVATION
     weight: QSpec | None = DEFAULT_WEIGHT
     output: QSpec | Literal["same"] | None = "same"
+    float_dtype: FloatDtype = "float32"
 
     def __post_init__(self) -> None:
+        if self.float_dtype not in _FLOATS:
+            raise ConfigError(
+                f"QConfig.float_dtype is {self.float_dtype!r}: it must be one of {list(_FLOATS)}"
+            )
         for name in ("activation", "weight", "output"):
             value = getattr(self, name)
             if value is None or isinstance(value, QSpec) or (name == "output" and value == "same"):
                 continue
             raise ConfigError(f"QConfig.{name} is {value!r}: it must be a QSpec or None")
-        if self.activation is not None and self.activation.granularity == "channel":
+        self._check_activation()
+        self._check_weight()
+
+    def _check_activation(self) -> None:
+        if self.activation is not None and self.activation.granularity in ("channel", "group"):
             raise ConfigError(
-                "QConfig.activation asks for one scale per channel: no integer kernel can add up "
-                "products whose scales differ along the summed axis; use granularity='tensor'"
+                f"QConfig.activation asks for one scale per {self.activation.granularity}: no "
+                "integer kernel can add up products whose scales differ along the summed axis; "
+                "use granularity='tensor', or 'row' at run time"
             )
-        if isinstance(self.output, QSpec) and self.output.granularity == "channel":
-            raise ConfigError("QConfig.output asks for one scale per channel: use 'tensor'")
-        if self.weight is not None and not (self.weight.dtype == "int8" and self.weight.symmetric):
+        if isinstance(self.output, QSpec):
+            if self.output.granularity != "tensor":
+                raise ConfigError(
+                    f"QConfig.output asks for one scale per {self.output.granularity}: use 'tensor'"
+                )
+            if self.output.observer == "runtime":
+                raise ConfigError(
+                    "QConfig.output has observer='runtime': ops that are quantized at run time "
+                    "write float; pass output=None"
+                )
+
+    def _check_weight(self) -> None:
+        if self.weight is None:
+            return
+        if self.weight.observer == "runtime":
+            raise ConfigError("QConfig.weight has observer='runtime': weights do not change")
+        if self.activation is None:
+            return
+        if not (self.weight.dtype == "int8" and self.weight.symmetric):
             raise ConfigError(
-                "QConfig.weight must be symmetric int8: the kernels take no weight zero point"
+                "QConfig.weight must be symmetric int8: the kernels take no weight zero point "
+                "(with activation=None, where weights are only stored, they may have one)"
             )
+        if self.weight.granularity == "group":
+            raise ConfigError(
+                "QConfig.weight asks for one scale per group: no integer kernel adds up products "
+                "whose scales differ along the summed axis; pass activation=None with it"
+            )
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the op is quantized: ``static``, ``dynamic``, ``weight_only``, or ``float``."""
+        if self.activation is None:
+            return "float" if self.weight is None else "weight_only"
+        return "dynamic" if self.activation.observer == "runtime" else "static"
 
     @property
     def result(self) -> QSpec | None:
@@ -125,23 +198,47 @@ class QConfig:
         return self.activation if self.output == "same" else self.output
 
 
+_WEIGHT_ONLY: Final = QConfig(activation=None)
+_GROUPS: Final = QSpec("int8", bits=4, symmetric=True, granularity="group", group_size=32)
+
 PRESETS: Final[dict[str, QConfig]] = {
     "default": QConfig(),
     "x86": QConfig(),
     "onednn": QConfig(),
     "fbgemm": QConfig(),
     "qnnpack": QConfig(weight=dataclasses.replace(DEFAULT_WEIGHT, granularity="tensor")),
+    "int8-bf16": QConfig(float_dtype="bfloat16"),
+    "dynamic": QConfig(activation=ROWS),
+    "dynamic-symmetric": QConfig(
+        activation=QSpec("int8", symmetric=True, granularity="row", observer="runtime")
+    ),
+    "weight-only-int8": _WEIGHT_ONLY,
+    "weight-only-int4": QConfig(activation=None, weight=_GROUPS),
+    "float16": QConfig(activation=None, weight=None, float_dtype="float16"),
+    "bfloat16": QConfig(activation=None, weight=None, float_dtype="bfloat16"),
+}
+"""Configurations by name."""
+
+_OF_MODE: Final[dict[str, str]] = {
+    "dynamic": "dynamic",
+    "weight_only": "weight-only-int8",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
 }
 
 
-def resolve_qconfig(qconfig: QConfig | str | None) -> QConfig:
+def resolve_qconfig(qconfig: QConfig | str | None, mode: Mode = "static") -> QConfig:
     """Turn what the user passed as ``qconfig=`` into a :class:`QConfig`.
+
+    Args:
+        qconfig: a configuration, the name of a preset, or ``None`` for that of the mode.
+        mode: whose preset stands for ``None``.
 
     Raises:
         ConfigError: a name that is no preset, or something that is no configuration.
     """
     if qconfig is None:
-        return PRESETS["default"]
+        return PRESETS[_OF_MODE.get(mode, "default")]
     if isinstance(qconfig, QConfig):
         return qconfig
     if isinstance(qconfig, str):

@@ -11,6 +11,7 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
+from fxquant.spec import Scheme
 
 
 def moves_codes(node: Node) -> bool:
@@ -52,9 +53,17 @@ def rescaled_by(node: Node) -> float | None:
 
 
 def wanted_int8(node: Node) -> bool:
-    """Whether the decision so far is int8."""
-    decision = info(node).decision
-    return decision is not None and decision.int8
+    """Whether the decision so far is int8 with ranges known beforehand: it reads codes."""
+    decision, config = info(node).decision, info(node).config
+    if decision is None or not decision.int8:
+        return False
+    return config is None or config.scheme == "static"
+
+
+def wanted(node: Node, scheme: Scheme) -> bool:
+    """Whether the decision so far is int8 by ``scheme``: one that reads and writes float."""
+    decision, config = info(node).decision, info(node).config
+    return decision is not None and decision.int8 and config is not None and config.scheme == scheme
 
 
 def root_of(node: Node) -> Node:

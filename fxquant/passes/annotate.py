@@ -31,8 +31,10 @@ from fxquant.graph.view import (
     units,
 )
 from fxquant.passes.base import Pass
+from fxquant.spec import Scheme
 
 _FIXED: Final = Decision(False, "it is computed from parameters alone", "annotate")
+_SCHEMES: Final[dict[Scheme, str]] = {"dynamic": "dynamic", "weight_only": "weight-only"}
 _NEED_TENSORS: Final = (Kind.MOVE, Kind.SPLIT, Kind.PICK, Kind.INDEX, Kind.UNARY)
 
 
@@ -41,8 +43,9 @@ class Annotate(Pass):
     """Write a decision into the record of every op.
 
     Args:
-        int8_ops: names of the ops that have an int8 form.
+        int8_ops: names of the ops that have an int8 form with ranges known beforehand.
         reasons: for ops without one, why not.
+        other_ops: names of the ops that have one by another scheme, such as ``dynamic``.
     """
 
     name: ClassVar[str] = "annotate"
@@ -50,6 +53,7 @@ class Annotate(Pass):
     gives: ClassVar[Stage] = Stage.ANNOTATED
     int8_ops: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    other_ops: Mapping[Scheme, frozenset[str]] = field(default_factory=dict)
 
     def run(self, editor: Editor) -> None:
         """Decide unit by unit; calls the op table cannot read are decided one by one."""
@@ -75,8 +79,10 @@ class Annotate(Pass):
             return Decision(False, "it computes on integers", "annotate")
         record = info(head)
         config = record.config
-        if config is None or config.activation is None:
+        if config is None or config.scheme == "float":
             return Decision(False, "it was asked to stay float", record.configured_by)
+        if config.scheme != "static":
+            return self._decide_other(op, unit, config.scheme)
         why = (
             self._no_form(op, head)
             or _bad_weight(op, head, config.weight is None)
@@ -86,6 +92,18 @@ class Annotate(Pass):
         if why is not None:
             return Decision(False, why, "annotate")
         return Decision(True, f"{op.name} has an int8 form", record.configured_by)
+
+    def _decide_other(self, op: Op, unit: Unit, scheme: Scheme) -> Decision:
+        """A scheme under which ops read and write float: only those with weights gain by it."""
+        head = unit.head
+        if op.name not in self.other_ops.get(scheme, frozenset()):
+            why = f"{op.name} has no {_SCHEMES[scheme]} form"
+            return Decision(False, why, "annotate")
+        config = info(head).config
+        bad = _bad_weight(op, head, config is None or config.weight is None) or _bad_values(unit)
+        if bad is not None:
+            return Decision(False, bad, "annotate")
+        return Decision(True, f"{op.name} has a {_SCHEMES[scheme]} form", info(head).configured_by)
 
     def _no_form(self, op: Op, node: Node) -> str | None:
         if op.kind is Kind.SHAPE:

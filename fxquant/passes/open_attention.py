@@ -39,7 +39,7 @@ class OpenAttention(Pass):
                 continue
             record = info(node)
             asked = record.configured_by == f"override {_ATTENTION}"
-            if asked and record.config is not None and record.config.activation is not None:
+            if asked and record.config is not None and record.config.scheme == "static":
                 why = _cannot(node)
                 if why is None:
                     self._open(editor, node)
