@@ -8,10 +8,12 @@ True
 """
 
 from fxquant.api import backends, calibrate, convert, prepare, quantize
+from fxquant.custom.pattern import Pattern, pattern
 from fxquant.report.api import diff, history, report
 from fxquant.spec import QConfig, QSpec
 
 __all__ = [
+    "Pattern",
     "QConfig",
     "QSpec",
     "backends",
@@ -19,6 +21,7 @@ __all__ = [
     "convert",
     "diff",
     "history",
+    "pattern",
     "prepare",
     "quantize",
     "report",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -18,7 +18,6 @@ from fxquant.arguments import (
     check_floats,
     check_mode,
     check_model,
-    check_patterns,
     check_share,
     resolve_overrides,
     split_example,
@@ -28,6 +27,7 @@ from fxquant.arguments import (
 from fxquant.backends.base import Availability
 from fxquant.building import Wishes, build, lower
 from fxquant.collector import collector_paused
+from fxquant.custom.collect import Patterns, rules_of
 from fxquant.errors import (
     CalibrationError,
     ConfigError,
@@ -36,7 +36,6 @@ from fxquant.errors import (
 )
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.observers import Observer
-from fxquant.patterns.rule import Rule
 from fxquant.recipes import (
     available_backends,
     resolve_backend,
@@ -73,7 +72,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     example_inputs: Examples | None = None,
     qconfig: QConfig | str | None = None,
     overrides: Overrides | None = None,
-    patterns: Sequence[Rule] = (),
+    patterns: Patterns = (),
     backend: str = "auto",
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
@@ -92,7 +91,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         example_inputs: one batch, used for shapes; by default the first calibration batch.
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
-        patterns: fusion rules of your own.
+        patterns: fusion patterns of your own: :class:`fxquant.Pattern` objects, in any iterable.
         backend: ``"auto"``, ``"x86"`` or ``"reference"``.
         transform: turns an item of ``calibration`` into what the model is fed.
         max_batches: how many batches to use.
@@ -177,7 +176,7 @@ def prepare(
     example_inputs: Examples | None = None,
     qconfig: QConfig | str | None = None,
     overrides: Overrides | None = None,
-    patterns: Sequence[Rule] = (),
+    patterns: Patterns = (),
     backend: str = "auto",
     strict: bool = False,
 ) -> GraphModule:
@@ -189,7 +188,7 @@ def prepare(
         example_inputs: one batch; lets rules see shapes (linear + batch norm needs it).
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float.
-        patterns: fusion rules of your own.
+        patterns: fusion patterns of your own: :class:`fxquant.Pattern` objects, in any iterable.
         backend: checked now, so that a wrong name fails before calibration.
         strict: raise where a module would have to stay your own code, with its parts quantized.
 
@@ -279,13 +278,12 @@ def _wishes(
     mode: Mode,
     qconfig: QConfig | str | None,
     overrides: Overrides | None,
-    patterns: Sequence[Rule],
+    patterns: Patterns,
     strict: bool,
 ) -> Wishes:
     """What the user asked for, checked."""
     default = resolve_qconfig(qconfig, mode)
-    check_patterns(patterns)
-    return Wishes(default, resolve_overrides(overrides), tuple(patterns), strict, mode)
+    return Wishes(default, resolve_overrides(overrides), rules_of(patterns), strict, mode)
 
 
 def _prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import ConfigError
 from fxquant.graph.settle import computes_a_weight, uncompiled
 from fxquant.passes.configure import Selector
-from fxquant.patterns.rule import Rule
 from fxquant.record import KEY
 from fxquant.spec import QConfig, resolve_qconfig
 
@@ -168,17 +167,6 @@ def check_share(share: float | None) -> None:
     """
     if share is not None and not 0.0 <= share <= 1.0:
         raise ConfigError(f"min_coverage is {share!r}: it must lie between 0 and 1")
-
-
-def check_patterns(patterns: Iterable[object]) -> None:
-    """Refuse patterns that are not fusion rules.
-
-    Raises:
-        ConfigError: one is something else.
-    """
-    for pattern in patterns:
-        if not isinstance(pattern, Rule):
-            raise ConfigError(f"patterns holds a {type(pattern).__name__}: it takes fusion rules")
 
 
 def resolve_overrides(

@@ -13,6 +13,7 @@ from fxquant.errors import ConfigError
 from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.adopt_products import AdoptProducts
 from fxquant.passes.annotate import Annotate
+from fxquant.passes.call_kernels import CallKernels
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
@@ -93,6 +94,7 @@ def convert_recipe(backend: Backend) -> Pipeline:
             ShareScales(),
             Place(backend.costs),
             Convert(backend.saturates_pairs),
+            CallKernels(),
             Lower(backend.rules),
         )
     )

@@ -50,7 +50,7 @@ class OpRecord:
 
     Args:
         path: module path in the user's model.
-        op: the canonical ops, ``conv2d+relu``.
+        op: the canonical ops, ``conv2d+relu``, or the name of the user's pattern.
         int8: whether it computes on codes.
         why: one sentence.
         by: the rule, override, pass or backend that decided.
@@ -62,6 +62,7 @@ class OpRecord:
         origins: names of the captured nodes it comes from.
         weights: number of weight elements.
         macs: multiply-accumulates on the first batch of calibration; ``None`` if not known.
+        parts: the canonical ops, whatever it is called.
     """
 
     path: str
@@ -77,6 +78,7 @@ class OpRecord:
     origins: tuple[str, ...] = ()
     weights: int = 0
     macs: int | None = None
+    parts: str = ""
 
 
 @dataclass(frozen=True)

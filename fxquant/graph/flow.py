@@ -17,7 +17,8 @@ from fxquant.spec import Scheme
 def moves_codes(node: Node) -> bool:
     """Whether an int8 op hands codes on untouched: a view, a selection, a max pool, a split."""
     op = op_of(node)
-    if op is None:
+    # A unit of a user's pattern computes as a whole, whatever its last op is.
+    if op is None or info(node).custom is not None:
         return False
     if op.name == "interpolate":
         return bool(argument(node, "mode") in ("nearest", "nearest-exact"))
@@ -103,7 +104,9 @@ class Flow:
 
     def read_as_codes(self, node: Node) -> bool:
         """Whether an int8 op that computes reads ``node``, maybe through moves."""
-        todo = list(node.users)
+        own = info(node).unit
+        # Members of its own unit read the value itself.
+        todo = [user for user in node.users if own is None or info(user).unit != own]
         seen: set[str] = set()
         while todo:
             user = todo.pop()
@@ -121,4 +124,6 @@ class Flow:
 def is_join(node: Node) -> bool:
     """Whether ``node`` puts tensors side by side."""
     op = op_of(node)
-    return op is not None and op.kind is Kind.JOIN and not moves_codes(node)
+    if op is None or info(node).custom is not None:
+        return False
+    return op.kind is Kind.JOIN and not moves_codes(node)

@@ -7,6 +7,7 @@ first rewrite. Groups of nodes (fused units, shared scales) are labels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -68,6 +69,48 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class CustomUnit:
+    """What a user's pattern says of the units it makes.
+
+    Args:
+        name: the pattern's name.
+        line: where it is written, ``file.py:12``.
+        kernel: the user's int8 implementation, if there is one.
+        qat: makes the module that is trained in its place, if there is one.
+        inputs: names of the pattern's inputs that a kernel takes, in order.
+    """
+
+    name: str
+    line: str = ""
+    kernel: Callable[..., Any] | None = None
+    qat: Callable[..., Any] | None = None
+    inputs: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CustomUnit:
+        # Immutable, and the user's functions are theirs.
+        return self
+
+
+@dataclass(frozen=True)
+class UnitPart:
+    """What one node is in the unit of a user's pattern.
+
+    Args:
+        unit: the pattern's wishes.
+        role: the name of the pattern's parameter that it calls, if it is one.
+        reads: places of its arguments that are inputs of the pattern, each with the input's name.
+        gives: which outputs of the pattern it is; others may read only those.
+        numbers: constants that the pattern binds by name; the same on every node of a unit.
+    """
+
+    unit: CustomUnit
+    role: str = ""
+    reads: tuple[tuple[int, str], ...] = ()
+    gives: tuple[int, ...] = ()
+    numbers: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class NodeInfo:
     """Everything recorded about one node.
 
@@ -92,6 +135,7 @@ class NodeInfo:
         rank: number of dimensions of its value, where it follows from the graph.
         opaque: why the op table has no canonical form for it.
         pinned: why its memory must stay as it is (something is written into it in place).
+        part: what it is in the unit of a user's pattern; counts only while it has a ``unit``.
     """
 
     path: str = ""
@@ -114,6 +158,12 @@ class NodeInfo:
     rank: int | None = None
     opaque: str = ""
     pinned: str = ""
+    part: UnitPart | None = None
+
+    @property
+    def custom(self) -> CustomUnit | None:
+        """The user's pattern whose unit it belongs to."""
+        return self.part.unit if self.part is not None and self.unit is not None else None
 
     def seen_as(self, kind: ValueKind, *, integral: bool = False) -> NodeInfo:
         """This record, with what the node yielded on the example."""

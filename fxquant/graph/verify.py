@@ -24,7 +24,7 @@ from fxquant.graph.op_table import (
     module_of,
     op_of,
 )
-from fxquant.graph.view import around, flat_nodes, units
+from fxquant.graph.view import around, flat_nodes, is_given, units
 
 
 class Stage(IntEnum):
@@ -202,6 +202,8 @@ def _check_units(module: GraphModule, stage: Stage, by: str) -> None:
     for unit in units(module.graph):
         inside = dict.fromkeys(unit.nodes)
         for node in unit.nodes[:-1]:
+            if is_given(node):
+                continue
             # What only watches during calibration is gone before the unit becomes one op.
             outside = [u for u in node.users if u not in inside and not _is_observer(u)]
             if outside:

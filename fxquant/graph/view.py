@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
-from fxquant.graph.info import info
+from fxquant.graph.info import CustomUnit, info
 from fxquant.graph.op_table import module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.lazy import lazy_module
@@ -48,12 +48,29 @@ class Unit:
     @property
     def head(self) -> Node:
         """The member that names the unit: its convolution or linear, else its first node."""
-        return self.nodes[0]
+        return next((n for n in self.nodes if _contracts(n)), self.nodes[0])
 
     @property
     def output(self) -> Node:
-        """The member that others read."""
+        """The member that others read; the last one, where a user's pattern has several."""
         return self.nodes[-1]
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """The members that others read, in graph order."""
+        given = [n for n in self.nodes[:-1] if is_given(n)]
+        return (*given, self.nodes[-1])
+
+    @property
+    def custom(self) -> CustomUnit | None:
+        """The user's pattern that made the unit."""
+        return info(self.nodes[-1]).custom
+
+
+def is_given(node: Node) -> bool:
+    """Whether a member of a unit is an output of the user's pattern that made the unit."""
+    record = info(node)
+    return record.custom is not None and record.part is not None and bool(record.part.gives)
 
 
 def flat_nodes(value: Any) -> Iterator[Node]:
@@ -217,6 +234,11 @@ def to_networkx(graph: Graph) -> nx.MultiDiGraph[str]:
         for place, source in enumerate(flat_nodes(tuple(arguments))):
             view.add_edge(source.name, node.name, place=place)
     return view
+
+
+def _contracts(node: Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.kind is Kind.CONTRACT
 
 
 def _computes(node: Node) -> bool:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from fxquant.graph.edit import Editor
 from fxquant.graph.fills import bad_fill
 from fxquant.graph.flow import gives_indices
-from fxquant.graph.info import Decision, info
+from fxquant.graph.info import CustomUnit, Decision, info
 from fxquant.graph.masks import masks_scores, reads_masked
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
@@ -79,6 +79,8 @@ class Annotate(Pass):
             return Decision(False, "it computes on integers", "annotate")
         record = info(head)
         config = record.config
+        if unit.custom is not None and config is not None and config.scheme == "static":
+            return self._decide_custom(unit, unit.custom)
         if config is None or config.scheme == "float":
             return Decision(False, "it was asked to stay float", record.configured_by)
         if config.scheme != "static":
@@ -92,6 +94,21 @@ class Annotate(Pass):
         if why is not None:
             return Decision(False, why, "annotate")
         return Decision(True, f"{op.name} has an int8 form", record.configured_by)
+
+    def _decide_custom(self, unit: Unit, custom: CustomUnit) -> Decision:
+        """A unit of a user's pattern computes in float between codes: only its edges matter."""
+        for node in unit.nodes:
+            op, config = op_of(node), info(node).config
+            if op is None:
+                continue
+            weight_is_float = config is None or config.weight is None
+            why = _changes(op, node) or _bad_weight(op, node, weight_is_float)
+            if why is not None:
+                return Decision(False, f"{why} (%{node.name})", "annotate")
+        bad = _bad_values(unit) or _masked(unit)
+        if bad is not None:
+            return Decision(False, bad, "annotate")
+        return Decision(True, f"pattern {custom.name!r} ({custom.line})", f"pattern {custom.name}")
 
     def _decide_other(self, op: Op, unit: Unit, scheme: Scheme) -> Decision:
         """A scheme under which ops read and write float: only those with weights gain by it."""
@@ -110,26 +127,31 @@ class Annotate(Pass):
             return "it answers a question about a shape"
         if op.name not in self.int8_ops:
             return self.reasons.get(op.name, f"{op.name} has no int8 form here")
-        if op.name == "batch_norm" and module_of(node).training:
-            return "a batch norm in training mode changes with every batch"
-        if op.name == "batch_norm" and getattr(module_of(node), "running_mean", None) is None:
-            return "a batch norm without running statistics mixes the pictures of a batch"
-        if gives_indices(node) and op.kind is not Kind.INDEX:
-            return "it takes indices, which are no codes"
-        if bad_fill(node) is not None:
-            return bad_fill(node)
-        if op.name == "dropout":
-            return "it is active dropout"
-        if op.name == "rrelu" and argument(node, "training"):
-            return "its slopes are drawn anew in every call"
-        tracks = op.name == "instance_norm" and bool(
-            getattr(module_of(node), "track_running_stats", False)
-        )
-        if tracks and module_of(node).training:
-            return "an instance norm that tracks statistics changes them when training"
-        if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):
-            return "its options are computed in every call"
-        return None
+        return _changes(op, node)
+
+
+def _changes(op: Op, node: Node) -> str | None:
+    """Why a call cannot read or write codes although its op can."""
+    if op.name == "batch_norm" and module_of(node).training:
+        return "a batch norm in training mode changes with every batch"
+    if op.name == "batch_norm" and getattr(module_of(node), "running_mean", None) is None:
+        return "a batch norm without running statistics mixes the pictures of a batch"
+    if gives_indices(node) and op.kind is not Kind.INDEX:
+        return "it takes indices, which are no codes"
+    if bad_fill(node) is not None:
+        return bad_fill(node)
+    if op.name == "dropout":
+        return "it is active dropout"
+    if op.name == "rrelu" and argument(node, "training"):
+        return "its slopes are drawn anew in every call"
+    tracks = op.name == "instance_norm" and bool(
+        getattr(module_of(node), "track_running_stats", False)
+    )
+    if tracks and module_of(node).training:
+        return "an instance norm that tracks statistics changes them when training"
+    if op.kind is Kind.UNARY and any(flat_nodes(node.args[1:])) + any(flat_nodes(node.kwargs)):
+        return "its options are computed in every call"
+    return None
 
 
 def _bad_weight(op: Op, node: Node, weight_is_float: bool) -> str | None:

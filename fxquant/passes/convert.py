@@ -31,7 +31,7 @@ from fxquant.graph.op_table import (
 )
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
-from fxquant.graph.view import tensor_sources
+from fxquant.graph.view import is_given, tensor_sources
 from fxquant.numerics.affine import quantize_weight
 from fxquant.numerics.integer import fits_int32, pair_saturates
 from fxquant.numerics.observers import weight_qparams
@@ -234,12 +234,13 @@ class _Boundary:
         if qtype is None or tuple_valued or is_inside(value):
             return
         makes_codes = wanted_int8(value)
-        readers = [u for u in value.users if wanted_int8(u) and value in tensor_sources(u)]
+        users = [u for u in value.users if not _same_unit(u, value)]
+        readers = [u for u in users if wanted_int8(u) and value in tensor_sources(u)]
         # Moving codes is exact, so codes that were moved stay codes even for readers in float.
-        if not readers and not (makes_codes and moves_codes(value)):
+        # A kernel of the user's makes codes and nothing else.
+        if not readers and not (makes_codes and (moves_codes(value) or _has_kernel(value))):
             return
         with self._editor.rule("insert-qdq"):
-            users = list(value.users)
             real = self._pair(value, qtype)
             for user in users:
                 if _asks_shape(user):
@@ -282,12 +283,21 @@ class _Boundary:
         return real
 
 
+def _same_unit(user: Node, value: Node) -> bool:
+    label = info(value).unit
+    return label is not None and info(user).unit == label
+
+
+def _has_kernel(value: Node) -> bool:
+    custom = info(value).custom
+    return custom is not None and custom.kernel is not None
+
+
 def _asks_shape(user: Node) -> bool:
     op = op_of(user)
     return op is not None and op.kind is Kind.SHAPE
 
 
 def is_inside(value: Node) -> bool:
-    """Whether ``value`` is inside a unit, not its result."""
-    label = info(value).unit
-    return label is not None and any(info(user).unit == label for user in value.users)
+    """Whether ``value`` is inside a unit, not one of its results."""
+    return not is_given(value) and any(_same_unit(user, value) for user in value.users)

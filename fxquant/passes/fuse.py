@@ -1,4 +1,4 @@
-"""Fuse: apply fusion rules until nothing changes."""
+"""Fuse: apply fusion rules until nothing changes, a user's patterns before all others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from fxquant.graph.ranks import record_ranks
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.patterns.builtin import FUSION_RULES
+from fxquant.patterns.overlap import apply_by_priority
 from fxquant.patterns.rule import Rule, RuleSet
+from fxquant.patterns.unary import WRITTEN_OUT
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,15 @@ class Fuse(Pass):
     def run(self, editor: Editor) -> None:
         """Run the rule set to its fixpoint; near misses go to the editor's log of misses."""
         record_ranks(editor.graph, dict(self.ranks))
-        report = RuleSet(self.rules).apply(editor)
-        for (rule, node), reject in report.near.items():
-            editor.miss(rule, node, reject.reason)
+        RuleSet(self.rules)  # no two rules of one name, whenever they run
+        early = [rule for rule in self.rules if rule.early]
+        reports = []
+        if early:
+            RuleSet(WRITTEN_OUT).apply(editor)
+            reports.append(apply_by_priority(early, editor))
+        reports.append(RuleSet(rule for rule in self.rules if not rule.early).apply(editor))
+        for report in reports:
+            for (rule, node), reject in report.near.items():
+                editor.miss(rule, node, reject.reason)
         with editor.rule("drop-dead"):
             editor.clean()

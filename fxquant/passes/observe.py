@@ -70,8 +70,11 @@ def sites(editor: Editor) -> dict[Node, QSpec]:
             continue
         for edge in unit.inputs:
             found.setdefault(root_of(edge.source), config.activation)
-        if flow.read_as_codes(unit.output):
-            found.setdefault(unit.output, config.result or config.activation)
+        calls = unit.custom is not None and unit.custom.kernel is not None
+        for output in unit.outputs:
+            # A kernel of the user's writes codes, whoever reads them.
+            if calls or flow.read_as_codes(output):
+                found.setdefault(output, config.result or config.activation)
     for unit in flow.int8_units():
         config = info(unit.head).config
         # Should no code stand for the constant that it puts in, its readers need its range.

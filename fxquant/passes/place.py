@@ -59,7 +59,7 @@ class Place(Pass):
             if gives_indices(unit.output):
                 if any(info(root_of(edge.source)).qtype is None for edge in unit.inputs):
                     self._demote(editor, unit, "its input is float")
-            elif info(unit.output).qtype is None:
+            elif all(info(output).qtype is None for output in unit.outputs):
                 self._demote(editor, unit, "nothing reads its result as codes")
         free = {unit.output: unit for unit in flow.int8_units() if not _is_fixed(unit)}
         for region in _regions(free, flow):
@@ -76,6 +76,8 @@ class Place(Pass):
 
 
 def _is_fixed(unit: Unit) -> bool:
+    if unit.custom is not None and unit.custom.kernel is not None:
+        return True
     op = op_of(unit.head)
     if op is None or op.name != "matmul":
         return op is not None and op.kind is Kind.CONTRACT
@@ -117,7 +119,7 @@ class _Cut:
             self._weigh(output, unit)
             values.update(dict.fromkeys([e.source for e in unit.inputs]))
             if not gives_indices(output):
-                values[output] = None
+                values.update(dict.fromkeys(unit.outputs))
         for value in values:
             self._convert(value)
         _, (_, sink_side) = nx.minimum_cut(self._net, _CODES, _FLOAT)
@@ -134,7 +136,8 @@ class _Cut:
         size = max((_size(n) for n in (output, *(e.source for e in unit.inputs))), default=0)
         batch = info(output).shape or ()
         work = (size, info(unit.head).macs or 0, math.prod(batch[:-2]))
-        extra = sum(self._costs.real(what(n)).of(size) for n in unit.nodes[1:])
+        rest = [n for n in unit.nodes if n is not unit.head]
+        extra = sum(self._costs.real(what(n)).of(size) for n in rest)
         # A scaled value has the codes of its source: nothing is computed.
         on_codes = "getitem" if rescaled_by(unit.head) is not None else name
         return self._costs.codes(on_codes).of(*work), self._costs.real(name).of(*work) + extra

@@ -85,7 +85,7 @@ class ReadRanges(Pass):
             changed = False
             flow = Flow(editor.graph)
             for unit in flow.int8_units():
-                why = _lacks(flow, unit.output, [edge.source for edge in unit.inputs], missing)
+                why = _lacks(flow, unit.outputs, [edge.source for edge in unit.inputs], missing)
                 if why is None:
                     continue
                 changed = True
@@ -94,13 +94,13 @@ class ReadRanges(Pass):
                         editor.annotate(node, decision=Decision(False, why, "calibration"))
 
 
-def _lacks(flow: Flow, output: Node, sources: list[Node], missing: dict[Node, str]) -> str | None:
+def _lacks(
+    flow: Flow, outputs: tuple[Node, ...], sources: list[Node], missing: dict[Node, str]
+) -> str | None:
     for source in sources:
         root = root_of(source)
         if root in missing:
             return missing[root]
         if info(root).qtype is None and flow.read_as_codes(root):
             return f"no range is known for %{root.name}"
-    if output in missing:
-        return missing[output]
-    return None
+    return next((missing[output] for output in outputs if output in missing), None)

@@ -108,7 +108,8 @@ class ShareScales(Pass):
     def _refuse_fills(editor: Editor) -> None:
         """A constant without a code of its own sends the move that puts it in back to float."""
         for node in editor.graph.nodes:
-            qtype = info(root_of(node)).qtype if wanted_int8(node) else None
+            alone = info(node).custom is None  # inside a unit of a user's no constant is a code
+            qtype = info(root_of(node)).qtype if alone and wanted_int8(node) else None
             why = outside(node, qtype) if qtype is not None else None
             if why is not None:
                 with editor.rule("leave-float"):

@@ -19,6 +19,8 @@ from fxquant.graph.op_table import op_named as find_op
 
 NodeCheck = Callable[[Node], "str | None"]
 """Looks at one node; ``None`` if it will do, else the reason why not."""
+ValueCheck = Callable[[Any], "str | None"]
+"""Looks at one argument, a node or a constant; ``None`` if it will do, else why not."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,32 @@ class Var:
 
     Args:
         name: how rules call the value.
+        check: a further condition on the value.
     """
 
     name: str
+    check: ValueCheck | None = None
+
+
+@dataclass(frozen=True)
+class Const:
+    """Matches one constant, a number or an option such as ``(2, 3)``.
+
+    Args:
+        value: the constant.
+    """
+
+    value: Any
+
+    def fits(self, value: Any) -> bool:
+        """Whether ``value`` is that constant; a list says the same as a tuple."""
+        if isinstance(value, Node) or isinstance(value, bool) is not isinstance(self.value, bool):
+            return False
+        return bool(_plain(value) == _plain(self.value))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True)
@@ -39,11 +64,12 @@ class OpExpr:
     Args:
         ops: names of the ops.
         args: expressions of the leading tensor arguments; arguments beyond them match anything.
-        name: how rules call the node.
-        attributes: option name and the value it must have.
+        name: how rules call the node; the same name must be the same node everywhere.
+        attributes: option name and the value it must have, or a :class:`Var` that it binds.
         check: a further condition on the node.
         optional: whether it may be missing, its first argument standing in its place.
         shared: whether others than the pattern may read it too.
+        ordered: whether operands must stand as written, even where the op commutes.
     """
 
     ops: tuple[str, ...]
@@ -53,6 +79,7 @@ class OpExpr:
     check: NodeCheck | None = None
     optional: bool = False
     shared: bool = False
+    ordered: bool = False
 
     @property
     def size(self) -> int:
@@ -67,7 +94,7 @@ class OpExpr:
         return tuple(dict.fromkeys((*self.ops, *inner)))
 
 
-Expr = Var | OpExpr
+Expr = Var | Const | OpExpr
 
 
 def var(name: str) -> Var:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxquant.graph.op_table import argument, op_of
 from fxquant.graph.view import what
-from fxquant.patterns.expr import Expr, OpExpr, Var
+from fxquant.patterns.expr import Const, Expr, OpExpr, Var
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,20 @@ class _State:
         return _State((*self.nodes, node), bound)
 
 
-def find(expr: OpExpr, root: Node, misses: Misses | None = None) -> Iterator[Match]:
+def find(
+    expr: OpExpr, root: Node, misses: Misses | None = None, *, after: Match | None = None
+) -> Iterator[Match]:
     """Every way in which ``expr`` fits with its outermost op at ``root``.
 
     Args:
         expr: the pattern.
         root: the candidate for its last op.
         misses: keeps the nearest miss, if given.
+        after: a match of another output of the same pattern, to which this one is joined.
     """
     notes = misses if misses is not None else Misses()
-    for state in _expr(expr, root, _State(), notes, None):
+    start = _State() if after is None else _State(after.nodes, after.bound)
+    for state in _expr(expr, root, start, notes, None):
         inside = dict.fromkeys(state.nodes)
         twice = [v for v in _variables(expr, state) if isinstance(v, Node) and v in inside]
         if twice:
@@ -106,12 +110,14 @@ def find(expr: OpExpr, root: Node, misses: Misses | None = None) -> Iterator[Mat
                 )
             )
             continue
-        yield Match(root, tuple(inside), state.bound)
+        yield Match(root if after is None else after.root, tuple(inside), state.bound)
 
 
 def _variables(expr: Expr, state: _State) -> Iterator[Any]:
     if isinstance(expr, Var):
         yield state.bound.get(expr.name)
+        return
+    if isinstance(expr, Const):
         return
     for arg in expr.args:
         yield from _variables(arg, state)
@@ -121,20 +127,64 @@ def _expr(
     expr: Expr, value: Any, state: _State, misses: Misses, reader: Node | None
 ) -> Iterator[_State]:
     """Match ``value``, which ``reader`` reads; the outermost op has no reader."""
-    if isinstance(expr, Var):
-        if expr.name in state.bound and state.bound[expr.name] is not value:
-            misses.add(Reject(f"{expr.name!r} would stand for two values", None, len(state.nodes)))
-            return
-        yield _State(state.nodes, {**state.bound, expr.name: value})
+    if not isinstance(expr, OpExpr):
+        bound = _leaf(expr, value, state, reader)
+        if isinstance(bound, Reject):
+            misses.add(bound)
+        else:
+            yield bound
+        return
+    if expr.name in state.bound:
+        if state.bound[expr.name] is value:
+            yield state
+        else:
+            misses.add(Reject(f"{expr.name!r} would be two ops", _node(value), len(state.nodes)))
         return
     why = _refuses(expr, value, reader)
     if why is None:
-        yield from _arguments(expr, value, state.with_node(value, expr.name), misses)
+        found = _options(expr, value, state.with_node(value, expr.name))
+        if isinstance(found, Reject):
+            misses.add(found)
+        else:
+            yield from _arguments(expr, value, found, misses)
     elif expr.optional:
         yield from _expr(expr.args[0], value, state, misses, reader)
     else:
-        node = value if isinstance(value, Node) else None
-        misses.add(Reject(why, node, len(state.nodes)))
+        misses.add(Reject(why, _node(value), len(state.nodes)))
+
+
+def _node(value: Any) -> Node | None:
+    return value if isinstance(value, Node) else None
+
+
+def _leaf(expr: Var | Const, value: Any, state: _State, reader: Node | None) -> _State | Reject:
+    """Bind a variable, or compare a constant."""
+    if isinstance(expr, Const):
+        if expr.fits(value):
+            return state
+        found = f"%{value.name}" if isinstance(value, Node) else repr(value)
+        return Reject(f"expected {expr.value!r}, found {found}", reader, len(state.nodes))
+    if expr.name in state.bound:
+        before = state.bound[expr.name]
+        # Constants have no identity: 0.5 here and 0.5 there are one value.
+        if before is value or (not isinstance(before, Node) and Const(before).fits(value)):
+            return state
+        return Reject(f"{expr.name!r} would stand for two values", None, len(state.nodes))
+    why = expr.check(value) if expr.check is not None else None
+    if why is not None:
+        return Reject(f"{expr.name!r} {why}", _node(value) or reader, len(state.nodes))
+    return _State(state.nodes, {**state.bound, expr.name: value})
+
+
+def _options(expr: OpExpr, node: Node, state: _State) -> _State | Reject:
+    """Bind the options that variables stand for."""
+    for option, wanted in expr.attributes:
+        if isinstance(wanted, Var):
+            found = _leaf(wanted, argument(node, option), state, node)
+            if isinstance(found, Reject):
+                return found
+            state = found
+    return state
 
 
 def _refuses(expr: OpExpr, value: Any, reader: Node | None) -> str | None:
@@ -148,8 +198,10 @@ def _refuses(expr: OpExpr, value: Any, reader: Node | None) -> str | None:
         others = ", ".join(f"%{u.name}" for u in islice(value.users, 4) if u is not reader)
         return f"{op.name} %{value.name} has more than one user: {others}"
     for option, wanted in expr.attributes:
+        if isinstance(wanted, Var):
+            continue
         found = argument(value, option)
-        if found != wanted:
+        if found != wanted and not Const(wanted).fits(found):
             return f"{op.name} %{value.name} has {option}={found!r}, not {wanted!r}"
     return expr.check(value) if expr.check is not None else None
 
@@ -164,7 +216,8 @@ def _arguments(expr: OpExpr, node: Node, state: _State, misses: Misses) -> Itera
         misses.add(Reject(f"%{node.name} has {len(given)} tensors", node, len(state.nodes)))
         return
     orders = [given]
-    if op is not None and op.commutes and len(given) == 2 and given[0] is not given[1]:
+    commutes = op is not None and op.commutes and not expr.ordered
+    if commutes and len(given) == 2 and given[0] is not given[1]:
         orders.append(given[::-1])
     for order in orders:
         yield from _in_order(expr.args, order, state, misses, node)

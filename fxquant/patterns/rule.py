@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -42,6 +42,9 @@ class Rule:
         checks: further conditions on a match; each returns ``None`` or a :class:`Reject`.
         priority: rules of higher priority are tried first; then larger patterns.
         line: where the rule is written.
+        also: further outputs of the pattern, which ``pattern`` does not lead to.
+        early: whether it goes before all rules that are not, over the whole graph: users' patterns
+            see ops as the model has them, and compete by priority and size.
     """
 
     name: str
@@ -50,11 +53,13 @@ class Rule:
     checks: tuple[Check, ...] = ()
     priority: int = 0
     line: str = field(default_factory=_definition_line)
+    also: tuple[OpExpr, ...] = ()
+    early: bool = False
 
     def match(self, node: Node, misses: Misses | None = None) -> Match | Reject:
         """The first match at ``node`` that passes the checks, or the nearest miss."""
         notes = misses if misses is not None else Misses()
-        for match in find(self.pattern, node, notes):
+        for match in self._found(node, notes):
             refusal = self._refusal(match)
             if refusal is None:
                 return match
@@ -63,12 +68,38 @@ class Rule:
             )
         return notes.best or Reject("nothing to match", node)
 
+    def _found(self, node: Node, notes: Misses) -> Iterator[Match]:
+        found = find(self.pattern, node, notes)
+        for other in self.also:
+            found = _joined(found, other, notes)
+        return found
+
     def _refusal(self, match: Match) -> Reject | None:
         for check in self.checks:
             refusal = check(match)
             if refusal is not None:
                 return refusal
         return None
+
+
+def _joined(found: Iterator[Match], other: OpExpr, notes: Misses) -> Iterator[Match]:
+    """Each match together with another output, looked for among the readers of what it bound."""
+    for match in found:
+        inside = dict.fromkeys(match.nodes)
+        for node in _downstream(match, other.size):
+            op = op_of(node)
+            if node not in inside and op is not None and op.name in other.roots:
+                yield from find(other, node, notes, after=match)
+
+
+def _downstream(match: Match, depth: int) -> list[Node]:
+    """What reads the bound values within ``depth`` ops, in graph order."""
+    reached = dict.fromkeys([v for v in match.bound.values() if isinstance(v, Node)])
+    layer = list(reached)
+    for _ in range(depth):
+        layer = [user for node in layer for user in node.users if user not in reached]
+        reached.update(dict.fromkeys(layer))
+    return sorted(reached)
 
 
 @dataclass
@@ -116,13 +147,14 @@ class RuleSet:
 
     def match(self, node: Node) -> tuple[Rule, Match] | None:
         """The first rule that fits at ``node``."""
-        for rule in self._at(node):
+        for rule in self.at(node):
             found = rule.match(node)
             if isinstance(found, Match):
                 return rule, found
         return None
 
-    def _at(self, node: Node) -> tuple[Rule, ...]:
+    def at(self, node: Node) -> tuple[Rule, ...]:
+        """The rules whose outermost op ``node`` may be, in the order in which they are tried."""
         op = op_of(node)
         return self._by_root.get(op.name, ()) if op is not None else ()
 
@@ -155,7 +187,7 @@ class RuleSet:
         return report
 
     def _visit(self, node: Node, editor: Editor, report: RuleReport) -> list[Node]:
-        for rule in self._at(node):
+        for rule in self.at(node):
             found = rule.match(node)
             if isinstance(found, Reject):
                 if found.matched > 0:
@@ -163,7 +195,7 @@ class RuleSet:
                 continue
             edited = len(editor.log)
             users = [user for inner in found.nodes for user in inner.users]
-            _run(rule, found, editor)
+            run_rule(rule, found, editor)
             if len(editor.log) == edited:
                 # It fits and is done already; a lesser rule must not undo it.
                 return []
@@ -175,7 +207,12 @@ class RuleSet:
         return []
 
 
-def _run(rule: Rule, match: Match, editor: Editor) -> None:
+def run_rule(rule: Rule, match: Match, editor: Editor) -> None:
+    """Rewrite one match, as one edit of the editor's log.
+
+    Raises:
+        PatternError: the rewrite failed.
+    """
     try:
         with editor.rule(rule.name, line=rule.line):
             rule.rewrite(match, editor)

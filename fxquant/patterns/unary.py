@@ -61,7 +61,10 @@ def is_elementwise(node: Node) -> bool:
     """Whether every result of ``node`` depends on one element of each tensor, and on constants."""
     found = op_of(node)
     record = info(node)
-    if found is None or record.pinned or record.unit is not None or record.opaque:
+    if found is None or record.pinned or record.opaque:
+        return False
+    # Inside a unit of a user's pattern a chain is one op too; a kernel stands for all of it.
+    if record.unit is not None and (record.custom is None or record.custom.kernel is not None):
         return False
     if found.name not in PAIRS and found.name not in UNARY:
         return False
@@ -144,6 +147,8 @@ def _leak(inside: dict[Node, None], root: Node) -> Reject | None:
         outside = [user for user in node.users if user not in inside]
         if node is not root and outside:
             return Reject(f"%{node.name} is also read by %{outside[0].name}", node, len(inside))
+        if info(node).unit != info(root).unit:
+            return Reject(f"%{node.name} belongs to another unit", node, len(inside))
         if (info(node).config is None) != (info(root).config is None):
             return Reject(f"%{node.name} is configured otherwise", node, len(inside))
     return None
@@ -239,6 +244,45 @@ def _fuse(match: Match, editor: Editor) -> None:
         made = editor.call_module(path, (region.source,), like=root, before=root)
     editor.replace(root, made, *reversed(region.nodes[:-1]))
 
+
+def _written(root: Node) -> tuple[Region, str, dict[str, Any]] | Reject:
+    """The known op that ends at ``root``, written out by hand; of several the smallest."""
+    miss = Reject("it is no known op written out", root)
+    for source in _bases(root, {}):
+        inside = _between(source, root)
+        leak = _leak(inside, root)
+        if leak is not None:
+            miss = leak
+            continue
+        region = Region(source, tuple(sorted(inside)))
+        known = known_as(chain_of(region)) if len(inside) > 1 else None
+        if known is not None:
+            return region, *known
+    return miss
+
+
+def is_written(match: Match) -> Reject | None:
+    """What ends here must be a known op."""
+    found = _written(match.root)
+    return found if isinstance(found, Reject) else None
+
+
+def _spell(match: Match, editor: Editor) -> None:
+    root, found = match.root, _written(match.root)
+    if isinstance(found, Reject):
+        return
+    region, name, options = found
+    made = editor.call(op_named(name), (region.source,), options, like=root, before=root)
+    editor.replace(root, made, *reversed(region.nodes[:-1]))
+
+
+WRITTEN_OUT: Final = (
+    Rule("name-known-op", op(("mul", "div"), var("x"), name="op"), _spell, (is_written,)),
+)
+"""Run before users' patterns: ``x * sigmoid(x)`` is ``silu(x)`` for them, in part of a chain too.
+
+All known ops that people write out end in a product or a quotient.
+"""
 
 RULES: Final = (
     Rule(

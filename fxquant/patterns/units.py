@@ -42,6 +42,15 @@ def memory_is_free(match: Match) -> Reject | None:
     return None
 
 
+def no_users_unit(match: Match) -> Reject | None:
+    """What a user's pattern has taken is its own."""
+    for node in match.nodes:
+        custom = info(node).custom
+        if custom is not None:
+            return Reject(f"%{node.name} belongs to pattern {custom.name!r}", node)
+    return None
+
+
 def group(match: Match, editor: Editor) -> None:
     """Give all matched nodes the label of the unit: the name of the node called ``head``."""
     label = match.node("head").name
@@ -49,4 +58,4 @@ def group(match: Match, editor: Editor) -> None:
         editor.annotate(node, unit=label)
 
 
-CHECKS = (one_wish, memory_is_free)
+CHECKS = (no_users_unit, one_wish, memory_is_free)

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
+from fxquant.graph.kernel_unit import KernelUnit
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, constant_values, flat_nodes, on_integers, units, what
@@ -58,13 +59,15 @@ def _of_unit(unit: Unit) -> OpRecord:
         for edge in unit.inputs
         if edge.source.op != "get_attr" and not is_op(edge.source, DEQUANTIZE_WEIGHT)
     )
-    writes = next((info(u).writes for u in unit.output.users if is_op(u, QUANTIZE)), None)
+    users = [user for output in reversed(unit.outputs) for user in output.users]
+    writes = next((info(user).writes for user in users if is_op(user, QUANTIZE)), None)
     weight, elements = _weight(unit.head)
     int8 = decision is not None and decision.int8
     origins = dict.fromkeys(name for node in unit.nodes for name in info(node).origins)
+    parts = "+".join(what(node) for node in unit.nodes)
     return OpRecord(
         path=record.path,
-        op="+".join(what(node) for node in unit.nodes),
+        op=parts if unit.custom is None else unit.custom.name,
         int8=int8,
         why=decision.why if decision is not None else "nothing decided",
         by=decision.by if decision is not None else "",
@@ -76,6 +79,7 @@ def _of_unit(unit: Unit) -> OpRecord:
         origins=tuple(origins),
         weights=elements,
         macs=_macs(unit.nodes),
+        parts=parts,
     )
 
 
@@ -177,4 +181,6 @@ def _with_kernel(op: OpRecord, kernels: dict[str, str], backend: str) -> OpRecor
 
 
 def _kernel(node: Node) -> str:
+    if node.op == "call_module" and isinstance(module_of(node), KernelUnit):
+        return f"your {module_of(node).kernel_name}"
     return type(module_of(node)).__name__ if node.op == "call_module" else f"{what(node)} on codes"

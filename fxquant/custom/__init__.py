@@ -1,0 +1,1 @@
+"""Fusion patterns of users: from a function written like model code to a rule of the engine."""

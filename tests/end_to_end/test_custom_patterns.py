@@ -1,0 +1,330 @@
+"""What a newcomer does with patterns of their own, from the definition to the int8 model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.custom.kernels import Codes, IntegerLayer, QType
+from fxquant.errors import FxQuantWarning, PatternError
+from fxquant.graph.kernel_unit import KernelUnit
+from fxquant.numerics.observer import Observer
+from tests.helpers import One, close_share, trained
+
+BACKENDS = [b.name for b in fxquant.backends() if b.available]
+X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(model: nn.Module, *patterns: Any, backend: str, x: Tensor = X, **more: Any) -> Any:
+    q = fxquant.quantize(model, [x], patterns=patterns, backend=backend, **more)
+    return q, fxquant.report(q)
+
+
+def error(q: nn.Module, model: nn.Module, x: Tensor = X) -> float:
+    with torch.no_grad():
+        return close_share(q(x), model(x))
+
+
+class Swish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return self.head(y * torch.sigmoid(y))
+
+
+@fxquant.pattern
+def conv_swish(x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]  # as users write it
+    y = conv(x)
+    return y * torch.sigmoid(y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conv_times_its_sigmoid(backend: str) -> None:
+    model = trained(Swish())
+    q, report = quantized(model, conv_swish, backend=backend)
+    op = report.ops[0]
+    assert (op.op, op.parts, op.int8, op.path) == ("conv_swish", "conv2d+silu", True, "conv")
+    assert op.by == "pattern conv_swish" and "test_custom_patterns.py" in op.why
+    assert op.writes is not None
+    if backend == "x86":
+        assert op.kernel.startswith("X86") and "float" not in op.kernel
+    # Two layers of 8 bits: each edge is off by half a code of 255, here of the largest value.
+    assert error(q, model) < 0.03
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.gain = nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.fc(x) * self.gain + 0.25))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_mul_add_relu(backend: str) -> None:
+    @fxquant.pattern
+    def scaled(x, layer: nn.Linear, gain: nn.Parameter, shift: float):  # type: ignore[no-untyped-def]
+        return torch.relu(layer(x) * gain + shift)
+
+    model, x = Scaled().eval(), torch.randn(32, 16)
+    q, report = quantized(model, scaled, backend=backend, x=x)
+    assert [op.op for op in report.ops] == ["scaled", "linear"]
+    # mul stands alone, since it has a tensor; add and relu of a number are one function.
+    assert report.ops[0].int8 and report.ops[0].parts.startswith("linear+mul")
+    assert error(q, model, x) < 0.03
+
+
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.left(y) * self.right(torch.sigmoid(y))
+
+
+@fxquant.pattern
+def forked(x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+    y = conv(x)
+    return y, torch.sigmoid(y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pattern_with_two_outputs(backend: str) -> None:
+    model = Forked().eval()
+    q, report = quantized(model, forked, backend=backend)
+    by_path = {op.path: op for op in report.ops}
+    assert by_path["stem"].op == "forked" and by_path["stem"].int8
+    # Both results are codes: the two convolutions after it read them.
+    assert by_path["left"].reads[0] is not None and by_path["right"].reads[0] is not None
+    assert by_path["left"].reads != by_path["right"].reads
+    assert error(q, model) < 0.05
+
+
+def my_kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+    """Integer products, one multiplication a channel, then the activation and new codes."""
+    sums = F.conv2d(
+        x.steps.double(), conv.weight.double(), None,
+        conv.stride, conv.padding, conv.dilation, conv.groups,
+    )  # fmt: skip
+    y = sums * (x.scale * conv.scale.double()).view(-1, 1, 1)
+    if conv.bias is not None:
+        y += conv.bias.double().view(-1, 1, 1)
+    y = y * torch.sigmoid(y)
+    codes = (y / output.scale).round() + output.zero_point
+    return codes.clamp(output.quant_min, output.quant_max).to(output.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pattern_with_a_kernel(backend: str) -> None:
+    model = trained(Swish())
+    unit = fxquant.Pattern(conv_swish.definition, kernel=my_kernel)
+    q, report = quantized(model, unit, backend=backend)
+    assert report.ops[0].kernel == "your my_kernel"
+    assert [type(q.get_submodule("conv"))] == [KernelUnit]
+    assert error(q, model) < 0.03
+    plain, _ = quantized(model, conv_swish, backend=backend)
+    with torch.no_grad():
+        assert close_share(q(X), plain(X)) < 0.02
+        assert torch.equal(copy.deepcopy(q)(X), q(X))
+        assert q(X[:1]).shape == model(X[:1]).shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kernel_with_two_outputs_and_a_number(backend: str) -> None:
+    def codes(y: Tensor, q: Any) -> Tensor:
+        return ((y / q.scale).round() + q.zero_point).clamp(q.quant_min, q.quant_max).to(q.dtype)
+
+    def kernel(x, y, factor, outputs):  # type: ignore[no-untyped-def]
+        total = x.real + y.real * factor
+        return codes(total, outputs[0]), codes(torch.tanh(total), outputs[1])
+
+    @fxquant.pattern(kernel=kernel)
+    def mixed(x, y, factor: float):  # type: ignore[no-untyped-def]
+        total = x + y * factor
+        return total, torch.tanh(total)
+
+    def body(m: Any, x: Any) -> Any:
+        total = m.a(x) + m.b(x) * 0.5
+        return m.c(total) + torch.tanh(total)
+
+    parts = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(8, 8, 1)}
+    model = One(body, **parts).eval()
+    q, report = quantized(model, mixed, backend=backend)
+    op = next(op for op in report.ops if op.op == "mixed")
+    assert op.int8 and op.kernel == "your kernel"
+    assert error(q, model) < 0.05
+
+
+def wrong_kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+    return (my_kernel(x, conv, output).to(torch.int32) + 2).clamp(0, 255).to(torch.uint8)
+
+
+def float_kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+    return x.real
+
+
+def failing_kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+    raise RuntimeError("mine")
+
+
+def small_kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+    return my_kernel(x, conv, output)[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        (wrong_kernel, r"output 0 is up to 2 codes off .* the kernel gives \d+, the pattern \d+"),
+        (float_kernel, "returns torch.float32: it must return codes, torch.uint8"),
+        (failing_kernel, "RuntimeError: mine"),
+        (small_kernel, r"it returns \(8, 1, 12, 12\), not \(8, 16, 12, 12\)"),
+    ],
+)
+def test_a_kernel_is_compared_with_its_pattern(kernel: Any, why: str) -> None:
+    unit = fxquant.Pattern(conv_swish.definition, kernel=kernel)
+    with pytest.raises(PatternError, match=why):
+        quantized(trained(Swish()), unit, backend="reference")
+
+
+def test_an_override_leaves_a_unit_in_float() -> None:
+    model = trained(Swish())
+    unit = fxquant.Pattern(conv_swish.definition, kernel=my_kernel)
+    q, report = quantized(model, unit, backend="reference", overrides={"conv": None, "bn": None})
+    # An override that names a part splits the unit, and the history says so.
+    assert not report.ops[0].int8
+    assert any(rule == unit.name for rule, _, _ in fxquant.history(q).near())
+    everything = {"conv": None, "bn": None, torch.sigmoid: None, torch.mul: None}
+    q, report = quantized(model, unit, backend="reference", overrides=everything)
+    assert not report.ops[0].int8
+
+
+def test_layers_inside_a_unit_read_codes() -> None:
+    pair = fxquant.Pattern([nn.Conv2d, nn.ReLU, nn.Conv2d], name="pair")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh()).eval()
+    for backend in BACKENDS:
+        q, report = quantized(net, pair, backend=backend)
+        assert [op.op for op in report.ops[:2]] == ["pair (1 of 2)", "pair (2 of 2)"]
+        assert all(op.int8 and op.reads[0] is not None for op in report.ops[:2])
+        assert error(q, net) < 0.05
+
+
+def test_a_unit_has_observers_at_its_edges_only() -> None:
+    prepared = fxquant.prepare(trained(Swish()), example_inputs=X, patterns=[conv_swish])
+    assert len([m for m in prepared.modules() if isinstance(m, Observer)]) == 2
+    fused = fxquant.history(prepared)["fuse"]
+    assert any(edit.rule == "conv_swish" for edit in fused.edits)
+
+
+class Gated(nn.Module):
+    """What replaces two linears: one wide linear, cut in two."""
+
+    def __init__(self, a: nn.Linear, b: nn.Linear) -> None:
+        super().__init__()
+        self.both = nn.Linear(a.in_features, a.out_features + b.out_features)
+        self.cut = a.out_features
+        with torch.no_grad():
+            self.both.weight.copy_(torch.cat([a.weight, b.weight]))
+            self.both.bias.copy_(torch.cat([a.bias, b.bias]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(x)
+        return y[..., : self.cut] * torch.sigmoid(y[..., self.cut :])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_replacement_is_quantized_as_any_part_of_a_model(backend: str) -> None:
+    @fxquant.pattern(replacement=Gated)
+    def gated(x, a: nn.Linear, b: nn.Linear):  # type: ignore[no-untyped-def]
+        return a(x) * torch.sigmoid(b(x))
+
+    def body(m: Any, x: Any) -> Any:
+        return m.out(m.p(x) * m.q(x).sigmoid())
+
+    parts = {"p": nn.Linear(16, 8), "q": nn.Linear(16, 8), "out": nn.Linear(8, 4)}
+    model, x = One(body, **parts).eval(), torch.randn(16, 16)
+    q, report = quantized(model, gated, backend=backend, x=x)
+    layers = [op for op in report.ops if "linear" in op.op]
+    assert len(layers) == 2 and all(op.int8 for op in layers)
+    assert layers[0].weights == 16 * 16
+    assert error(q, model, x) < 0.05
+
+
+def test_a_replacement_may_be_a_function_of_the_bound_modules() -> None:
+    def cheaper(x, conv, act):  # type: ignore[no-untyped-def]
+        return act(conv(x)).clone() * 1.0
+
+    @fxquant.pattern(replacement=cheaper)
+    def unit(x, conv: nn.Conv2d, act: nn.LeakyReLU):  # type: ignore[no-untyped-def]
+        return act(conv(x))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 4, 1)).eval()
+    q, report = quantized(net, unit, backend="reference")
+    assert report.ops[0].path == "0"
+    assert error(q, net) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("replacement", "why"),
+    [
+        (lambda x, conv: torch.relu(conv(x)) + 1e-2, "computes something else: output 0 differs"),
+        (lambda x, conv: conv(x)[:, :1], "returns"),
+        (lambda x, conv: (conv(x), conv(x)), "returns 2 tensors"),
+        (lambda x, conv: conv.nothing(x), "cannot be made at"),
+    ],
+)
+def test_a_replacement_must_compute_the_same(replacement: Any, why: str) -> None:
+    @fxquant.pattern(replacement=replacement)
+    def unit(x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+        return torch.relu(conv(x))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    with pytest.raises(PatternError, match=why):
+        quantized(net, unit, backend="reference")
+
+
+def test_a_replacement_that_cannot_be_compared_says_so() -> None:
+    @fxquant.pattern(replacement=lambda x: torch.tanh(x).reshape(-1, 12))
+    def unit(x):  # type: ignore[no-untyped-def]
+        return torch.tanh(x.reshape(-1, 12))
+
+    def body(m: Any, x: Any) -> Any:
+        return torch.tanh(m.a(x).reshape(-1, 12))
+
+    model = One(body, a=nn.Linear(16, 24)).eval()
+    with pytest.warns(FxQuantWarning, match="was not compared"):
+        quantized(model, unit, backend="reference", x=torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_as_both_inputs(backend: str) -> None:
+    def kernel(x, y, output):  # type: ignore[no-untyped-def]
+        codes = (torch.tanh(x.real * y.real) / output.scale).round() + output.zero_point
+        return codes.clamp(output.quant_min, output.quant_max).to(output.dtype)
+
+    def product(x, y):  # type: ignore[no-untyped-def]
+        return torch.tanh(x * y)
+
+    def body(m: Any, x: Any) -> Any:
+        y = m.conv(x)
+        return m.head(torch.tanh(y * y))
+
+    model = One(body, conv=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 4, 1)).eval()
+    replaced = fxquant.Pattern(product, replacement=lambda y, x: torch.tanh(y * x), name="other")
+    for unit in (fxquant.Pattern(product, kernel=kernel), replaced):
+        q, _ = quantized(model, unit, backend=backend)
+        assert error(q, model) < 0.05
