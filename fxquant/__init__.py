@@ -9,7 +9,7 @@ True
 
 from fxquant.api import backends, calibrate, convert, prepare, quantize
 from fxquant.custom.pattern import Pattern, pattern
-from fxquant.report.api import diff, history, report
+from fxquant.report.api import diff, explain, history, report
 from fxquant.spec import QConfig, QSpec
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "calibrate",
     "convert",
     "diff",
+    "explain",
     "history",
     "pattern",
     "prepare",

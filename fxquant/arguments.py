@@ -165,7 +165,10 @@ def check_share(share: float | None) -> None:
     Raises:
         ConfigError: it is outside.
     """
-    if share is not None and not 0.0 <= share <= 1.0:
+    if share is None:
+        return
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0.0 <= share <= 1.0:
         raise ConfigError(f"min_coverage is {share!r}: it must lie between 0 and 1")
 
 

@@ -143,10 +143,16 @@ class _Cut:
         return self._costs.codes(on_codes).of(*work), self._costs.real(name).of(*work) + extra
 
     def figures(self, unit: Unit) -> str:
-        """The costs behind a decision, where they are those of a product."""
-        if what(unit.head) != "matmul":
-            return ""
+        """The costs behind a decision."""
         codes, real = self._both(unit)
+        if what(unit.head) != "matmul":
+            made = {edge.source: None for edge in unit.inputs}
+            cost = sum(self._costs.quantize.of(_size(value)) for value in made)
+            cost += sum(self._costs.dequantize.of(_size(value)) for value in unit.outputs)
+            return (
+                f": about {real:.0f} us, against {codes:.0f} us on codes and up to {cost:.0f} us "
+                "for conversions"
+            )
         return f": about {real:.0f} us, against {codes:.0f} us on codes"
 
     def _convert(self, value: Node) -> None:

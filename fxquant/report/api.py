@@ -1,4 +1,4 @@
-"""What users call: report, history and diff of models."""
+"""What users call: report, explain, history and diff of models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch.fx import GraphModule
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
 from fxquant.graph.diff import GraphDiff, GraphState, diff_states, graph_state
+from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
+from fxquant.report.explain import Explainer, Explanation
 from fxquant.report.history import History
 from fxquant.report.report import Report
 
@@ -33,6 +35,29 @@ def report(model: nn.Module) -> Report:
         1.0
     """
     return Report(record_of(_model(model, "report")))
+
+
+def explain(model: nn.Module, selector: Selector) -> Explanation:
+    """Why an op is int8 or float, who decided that, what nearly fitted, and what would change it.
+
+    Args:
+        model: what ``quantize``, ``prepare`` or ``convert`` returned.
+        selector: a path, a glob, ``"re:..."``, the name of a node, a module class, or a function
+            such as ``torch.add``; a path of a module stands for all that is inside it.
+
+    Raises:
+        ConfigError: fxquant did not make the model, or the selector names nothing in it.
+
+    Example:
+        >>> import torch, fxquant.api
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).eval()
+        >>> batches, wish = [torch.randn(8, 4)], {"1": None}
+        >>> q = fxquant.api.quantize(net, batches, backend="reference", overrides=wish)
+        >>> print(next(iter(explain(q, "1"))).by)
+        override '1'
+    """
+    given = _model(model, "explain")
+    return Explainer(given, record_of(given)).explain(selector)
 
 
 def history(model: nn.Module) -> History:

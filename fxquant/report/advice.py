@@ -1,0 +1,78 @@
+"""What would change a decision: one sentence for every reason that passes give."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fxquant.graph.text import shown
+from fxquant.record import OpRecord
+
+_NAME: Final = 120
+
+_BY_REASON: Final = (
+    ("asked to stay float", "an override after the one that decided, {override}, makes it int8"),
+    ("its weight was asked", "give its QConfig a weight, such as {override}"),
+    ("calibration never reached", "calibrate with batches that take the way through it"),
+    ("is not a floating-point tensor", "nothing: what it reads are integers or booleans"),
+    ("nothing reads its result as codes", "make what reads its result int8"),
+    ("its input is float", "make what it reads int8"),
+    ("no dynamic form", "mode='static' has int8 forms of more ops; it needs calibration data"),
+    ("no weight-only form", "mode='static' or mode='dynamic' have int8 forms of more ops"),
+    ("is faster in float here", "a fxquant.Pattern with kernel= around it is always int8; so is "
+     "one that ties it to the layer before it"),
+    ("its weight has no shape yet", "run the model once before quantizing it"),
+    ("int8 kernels are made from float32", "quantize copy.deepcopy(model).float()"),
+    ("holds NaN or infinity", "load weights without NaN and infinity"),
+    ("weight is computed", "keep the weight as a parameter, so that it is the same in every call"),
+    ("batch norm in training mode", "call model.eval() before"),
+    ("without running statistics", "train the batch norm with track_running_stats=True"),
+    ("it is active dropout", "call model.eval() before"),
+    ("are drawn anew", "call model.eval() before"),
+    ("tracks statistics changes", "call model.eval() before"),
+    ("whether its input is a tensor", "pass example_inputs, so that it is known"),
+    ("computed in every call", "make it a constant of the model"),
+    ("writes in place", "write a new tensor instead: y = x + 1, not x += 1"),
+    ("carries forward hooks", "remove the hooks before quantizing"),
+    ("with a mask", "nothing: minus infinity has no code"),
+    ("takes indices", "nothing: indices have no scale"),
+    ("computed from parameters alone", "nothing: it costs nothing, it is a constant"),
+    ("could pass 32 bits", "use fewer bits for its weight: QSpec('int8', bits=7, symmetric=True, "
+     "granularity='channel')"),
+    ("the model's own code", "move the branch on values out of that module, or give example_inputs "
+     "that let it be traced"),
+    ("the op table does not know", "write it with ops that fxquant knows, or take it out of the "
+     "quantized model"),
+    ("no canonical form", "call it in a plainer way: without that argument"),
+)  # fmt: skip
+"""A part of the reason, and the way out; the first that fits counts."""
+
+_BY_WHOM: Final = (
+    ("backend ", "use a backend that has a kernel for it: fxquant.backends() lists them"),
+    ("share-scales", "nothing: no code stands for the constant that it puts in"),
+    ("override ", "change that override, or add {override} after it"),
+    ("the op table", "write it with ops that fxquant knows"),
+    ("annotate", "a fxquant.Pattern that ties it to its neighbours runs them as one int8 op"),
+)
+
+
+def advice(op: OpRecord) -> str:
+    """What a user can do to have ``op`` decided otherwise.
+
+    Args:
+        op: what became of it.
+    """
+    path = shown(op.path, _NAME) or "..."
+    if op.int8:
+        return f"overrides={{{path!r}: None}} leaves it in float"
+    override = f"{path!r}: fxquant.QConfig()"
+    if op.op == "matmul" and op.by == "place":
+        return "overrides={torch.matmul: fxquant.QConfig()} runs products of matrices in int8"
+    if "scaled_dot_product_attention" in op.op and "overrides=" in op.why:
+        return "the override named above"
+    for part, way in _BY_REASON:
+        if part in op.why:
+            return way.format(override=override)
+    for whom, way in _BY_WHOM:
+        if op.by.startswith(whom):
+            return way.format(override=override)
+    return "nothing that fxquant knows of"
