@@ -94,6 +94,7 @@ def apply_by_priority(rules: Iterable[Rule], editor: Editor) -> RuleReport:
             if len(editor.log) > before:
                 name = candidate.rule.name
                 report.hits[name] = report.hits.get(name, 0) + 1
-        if len(editor.log) == edited:
+        # Marks alone open no place for another match; new nodes may.
+        if not any(edit.added or edit.removed for edit in editor.log[edited:]):
             return report
     raise PatternError(f"these patterns make what they match: {sorted(report.hits)}")

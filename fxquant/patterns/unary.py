@@ -9,6 +9,7 @@ Which of the known ops a chain is, is found by computing both in float64 on a de
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, op_named, op_names, op_of
 from fxquant.graph.ops import Kind
-from fxquant.graph.view import flat_nodes, tensor_sources
+from fxquant.graph.view import tensor_sources
 from fxquant.patterns.expr import op, var
 from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.rule import Rule
@@ -59,22 +60,26 @@ class Region:
 
 def is_elementwise(node: Node) -> bool:
     """Whether every result of ``node`` depends on one element of each tensor, and on constants."""
+    return bool(_elements(node))
+
+
+def _elements(node: Node) -> tuple[Node, ...]:
+    """The tensors whose elements an elementwise ``node`` reads; none if it is no such op."""
     found = op_of(node)
     record = info(node)
     if found is None or record.pinned or record.opaque:
-        return False
+        return ()
     # Inside a unit of a user's pattern a chain is one op too; a kernel stands for all of it.
     if record.unit is not None and (record.custom is None or record.custom.kernel is not None):
-        return False
+        return ()
     if found.name not in PAIRS and found.name not in UNARY:
-        return False
+        return ()
     if found.name == "rrelu" and node.kwargs.get("training"):
-        return False
+        return ()
     tensors = dict.fromkeys(_tensors(node))
-    return bool(tensors) and all(
-        other in tensors or constant_number(other) is not None
-        for other in flat_nodes((node.args, dict(node.kwargs)))
-    )
+    # What is read and is no such tensor must be a constant: a mask or a computed number is none.
+    others = [other for other in node.all_input_nodes if other not in tensors]
+    return tuple(tensors) if all(constant_number(n) is not None for n in others) else ()
 
 
 def _tensors(node: Node) -> list[Node]:
@@ -98,18 +103,34 @@ def constant_number(node: Node) -> float | None:
     return float(held.detach()) if held.is_floating_point() else None
 
 
-def _bases(node: Node, known: dict[Node, list[Node]]) -> list[Node]:
-    """The values that all of ``node`` depends on, elementwise; nearest first."""
-    if node in known:
-        return known[node]
-    known[node] = []
-    if len(known) <= _LONGEST and is_elementwise(node):
-        found: list[Node] | None = None
-        for source in dict.fromkeys(_tensors(node)):
-            reach = [source, *_bases(source, known)]
+_Known = dict[Node, tuple[Node | None, list[Node]]]
+
+
+def _bases(node: Node, known: _Known, floor: Node | None = None) -> list[Node]:
+    """The values that all of ``node`` depends on, elementwise; nearest first.
+
+    Args:
+        node: the node.
+        known: what was found before, and down to which node.
+        floor: nothing that stands before it is looked for: long residual chains end there.
+    """
+    if floor is not None and node < floor:
+        return []
+    low, done = known.get(node, (node, None))
+    if done is not None and (low is None or (floor is not None and not floor < low)):
+        return done
+    known[node] = (None, [])
+    found: list[Node] | None = None
+    if len(known) <= _LONGEST:
+        # The last one computed reaches back the least, and what it cannot reach is no common base.
+        for source in sorted(_elements(node), reverse=True):
+            least = floor if found is None else found[-1]
+            reach = [source, *_bases(source, known, least)]
             found = reach if found is None else [n for n in found if n in set(reach)]
-        known[node] = found or []
-    return known[node]
+            if not found:
+                break
+    known[node] = (floor, found or [])
+    return found or []
 
 
 def find_region(root: Node) -> Region | Reject:
@@ -219,6 +240,31 @@ def _grid() -> Tensor:
 
 def known_as(chain: UnaryChain) -> tuple[str, dict[str, Any]] | None:
     """The op of the table that computes the same, and its options; ``None`` if there is none."""
+    key = tuple((step.function, _fixed(step.args), _fixed(step.kwargs)) for step in chain.steps)
+    if key not in _RECOGNIZED:
+        if len(_RECOGNIZED) >= _MOST_RECOGNIZED:
+            _RECOGNIZED.clear()
+        _RECOGNIZED[key] = _recognize(chain)
+    return _RECOGNIZED[key]
+
+
+_RECOGNIZED: dict[Hashable, tuple[str, dict[str, Any]] | None] = {}
+"""What chains were found to be: a model spells one activation in many places."""
+_MOST_RECOGNIZED: Final = 256
+
+
+def _fixed(value: Any) -> Hashable:
+    """Arguments of a step as a key; a step's tensors are numbers."""
+    if isinstance(value, Tensor):
+        return ("tensor", float(value))
+    if isinstance(value, Mapping):
+        return tuple((name, _fixed(held)) for name, held in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(map(_fixed, value))
+    return (type(value).__name__, value) if isinstance(value, Hashable) else repr(value)
+
+
+def _recognize(chain: UnaryChain) -> tuple[str, dict[str, Any]] | None:
     x = _grid()
     with torch.no_grad():
         found = chain(x)
