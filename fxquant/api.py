@@ -146,7 +146,7 @@ def _prepare_and_calibrate(
         args, kwargs, data, transform = first.args or (), first.kwargs, first.replay, None
     prepared = _prepare(model, args, kwargs, wishes)
     watched = [m.path for m in prepared.modules() if isinstance(m, Observer)]
-    if data is not None and watched:
+    if data is not None and (watched or wishes.mode in _NEED_DATA):
         calibrate(
             prepared,
             data,

@@ -13,10 +13,12 @@ from fxquant.errors import ConfigError
 from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.adopt_products import AdoptProducts
 from fxquant.passes.annotate import Annotate
+from fxquant.passes.annotate_recurrent import AnnotateRecurrent
 from fxquant.passes.call_kernels import CallKernels
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
+from fxquant.passes.convert_recurrent import ConvertRecurrent
 from fxquant.passes.decompose import Decompose
 from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.functionalize import Functionalize
@@ -81,6 +83,7 @@ def prepare_recipe(
             OpenAttention(),
             Fuse((*patterns, *FUSION_RULES), known),
             Annotate(INT8_OPS, REASONS, OTHER_OPS),
+            AnnotateRecurrent(),
             Observe(),
         )
     )
@@ -93,9 +96,10 @@ def convert_recipe(backend: Backend) -> Pipeline:
             ReadRanges(),
             ShareScales(),
             Place(backend.costs),
+            ConvertRecurrent(backend.costs, backend.saturates_pairs),
             Convert(backend.saturates_pairs),
             CallKernels(),
-            Lower(backend.rules),
+            Lower(backend.rules, backend.modules),
         )
     )
 

@@ -29,7 +29,7 @@ def test_prepare_leads_from_the_captured_graph_to_observers() -> None:
         "functionalize", "unshare", "fold-constants", "split-output-size", "canonicalize",
         "split-padding",
         "decompose", "adopt-products", "adopt-norms", "configure", "open-attention", "fuse",
-        "annotate", "observe",
+        "annotate", "annotate-recurrent", "observe",
     ]  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def test_convert_goes_on_where_prepare_ends() -> None:
     assert steps[0].needs is last.gives
     assert steps[-1].gives is Stage.LOWERED
     assert [step.name for step in steps] == [
-        "read-ranges", "share-scales", "place", "convert", "lower",
+        "read-ranges", "share-scales", "place", "convert-recurrent", "convert",
+        "call-kernels", "lower",
     ]  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
+
+from torch import nn
 
 from fxquant.graph.op_table import op_named, op_names
 from fxquant.graph.ops import Kind
@@ -99,6 +102,9 @@ _FLOAT_INSIDE_IN_FLOAT: Final = {
     "unary": Cost(15.0, 0.4),
 }
 
+RECURRENT: Final = (Cost(40.0, 0.0, 0.022), Cost(4.0, 0.0, 0.05))
+"""A step of a recurrent layer at batch 1, in int8 and in float (benchmarks/recurrent.py)."""
+
 MEASURED: Final = Costs(
     # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
     quantize=Cost(15.0, 0.55),
@@ -117,6 +123,7 @@ MEASURED: Final = Costs(
         **{name: Cost(8.0, 2.0) for name in _of_kind(Kind.INDEX)},
         # Timed by benchmarks/moves_on_codes.py, one thread, 200,000 elements: slower on codes.
         "index_put": Cost(12.0, 0.7),
+        "recurrent": RECURRENT[0],
         **{f"max_pool{rank}d_with_indices": Cost(20.0, 29.0) for rank in (1, 2, 3)},
         **{name: Cost(15.0, 0.16) for name in _POOLS},
         "max_pool1d": Cost(15.0, 0.86),
@@ -146,6 +153,7 @@ MEASURED: Final = Costs(
         **{name: Cost(10.0, 11.0) for name in _of_kind(Kind.PICK)},
         **{name: Cost(8.0, 4.0) for name in _of_kind(Kind.INDEX)},
         "index_put": Cost(10.0, 0.6),
+        "recurrent": RECURRENT[1],
         **{f"max_pool{rank}d_with_indices": Cost(10.0, 24.5) for rank in (1, 2, 3)},
         **{name: Cost(8.0, 0.25) for name in _POOLS},
         "max_pool1d": Cost(8.0, 0.5),
@@ -209,7 +217,8 @@ class Backend(Protocol):
     """Runs a Q/DQ graph.
 
     ``name`` is what users pass as ``backend=``; ``rules`` rewrite parts of the Q/DQ graph to the
-    backend's own ops, and whatever no rule takes runs as it stands.
+    backend's own ops, ``modules`` give its own form of whole modules, and whatever neither takes
+    runs as it stands.
     """
 
     @property
@@ -219,6 +228,10 @@ class Backend(Protocol):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """Lowering rules."""
+
+    @property
+    def modules(self) -> Mapping[type[nn.Module], Callable[..., nn.Module]]:
+        """Its own form of modules that compute in int8 already, by their class."""
 
     @property
     def costs(self) -> Costs:

@@ -5,7 +5,10 @@ It is the numerical truth that every other backend is compared with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.patterns.rule import Rule
@@ -17,6 +20,7 @@ class Reference:
 
     name: str = "reference"
     rules: tuple[Rule, ...] = ()
+    modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
     costs: Costs = MEASURED
     saturates_pairs: bool = False
 

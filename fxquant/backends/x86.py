@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import nn
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.backends.x86_layer_rules import LAYER_RULES
 from fxquant.backends.x86_matmul import MATMUL_RULES
 from fxquant.backends.x86_move_rules import MOVE_RULES
 from fxquant.backends.x86_real_rules import REAL_RULES
+from fxquant.backends.x86_recurrent import X86Recurrent
 from fxquant.backends.x86_rules import OP_RULES
+from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.patterns.rule import Rule
 
 _NEEDED: Final = {
@@ -38,6 +42,9 @@ class X86:
 
     name: str = "x86"
     rules: tuple[Rule, ...] = (*LAYER_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES)
+    modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
+        default_factory=lambda: {IntegerRecurrent: X86Recurrent}
+    )
     costs: Costs = MEASURED
 
     @property

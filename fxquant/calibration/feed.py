@@ -103,7 +103,7 @@ def calibrate(
             batches, samples = _run_function(model, data, progress), None
         else:
             batches, samples = _feed(model, data, transform, max_batches, progress)
-    if not any(observer.seen for observer in observers):
+    if observers and not any(observer.seen for observer in observers):
         raise CalibrationError(
             f"{batches} batch{'es' * (batches != 1)} ran and no value reached any of the "
             f"{len(observers)} observers: are the batches empty (a dimension of size 0)?"
@@ -237,7 +237,8 @@ def _observers(model: nn.Module) -> list[Observer]:
             f"the model is a {type(model).__name__}, not an nn.Module: call calibrate(model, data)"
         )
     observers = [module for module in model.modules() if isinstance(module, Observer)]
-    if not observers:
+    # Without an observer shapes may still be recorded: reports count work.
+    if not any(getattr(module, "is_observer", False) for module in model.modules()):
         raise CalibrationError(
             f"this {type(model).__name__} has no observer, so calibration would record nothing: "
             "either it does not come from prepare(model, mode='static'), or none of its ops is "

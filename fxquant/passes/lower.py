@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import nn
+
 from fxquant.graph.edit import Editor
+from fxquant.graph.info import info
+from fxquant.graph.op_table import module_of
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.patterns.rule import Rule, RuleSet
@@ -17,12 +22,14 @@ class Lower(Pass):
 
     Args:
         rules: the backend's lowering rules.
+        modules: the backend's own form of whole modules, by their class.
     """
 
     name: ClassVar[str] = "lower"
     needs: ClassVar[Stage] = Stage.QDQ
     gives: ClassVar[Stage] = Stage.LOWERED
     rules: tuple[Rule, ...] = ()
+    modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
 
     def run(self, editor: Editor) -> None:
         """Walk the graph backwards, then take out what nobody reads any more."""
@@ -32,5 +39,11 @@ class Lower(Pass):
                 # That a quantize is not some other op's quantize is no news.
                 if reject.matched > 1:
                     editor.miss(rule, node, reject.reason)
+        for node in [n for n in editor.graph.nodes if n.op == "call_module"]:
+            make = self.modules.get(type(module_of(node)))
+            if make is not None:
+                with editor.rule("lower-module"):
+                    editor.set_module(str(node.target), make(module_of(node)))
+                    editor.annotate(node, rules=(*info(node).rules, "lower-module"))
         with editor.rule("drop-dead"):
             editor.clean()

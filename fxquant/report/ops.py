@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from torch.fx import Graph, Node
 
 from fxquant.graph.guards import is_plumbing
-from fxquant.graph.info import QType, info
+from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.kernel_unit import KernelUnit
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, constant_values, flat_nodes, on_integers, units, what
+from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.record import OpRecord
 
 _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
@@ -85,19 +87,30 @@ def _of_unit(unit: Unit) -> OpRecord:
 
 def _of_opaque(node: Node) -> OpRecord:
     record = info(node)
+    decision = record.decision or Decision(False, record.opaque, "the op table")
+    weight, elements = _weight(node)
     return OpRecord(
         path=record.path,
-        op=what(node),
-        int8=False,
-        why=record.opaque,
-        by="the op table",
-        kernel="float",
+        op=_name(node),
+        int8=decision.int8,
+        why=decision.why,
+        by=decision.by,
+        kernel="reference" if decision.int8 else "float",
+        weight=weight if decision.int8 else "",
         reads=tuple(_codes(source) for source in flat_nodes(node.args)),
         source=record.source,
         origins=record.origins,
-        weights=_parameters(node),
+        weights=elements,
         macs=record.macs,
     )
+
+
+def _name(node: Node) -> str:
+    """A recurrent layer keeps the name of what it was."""
+    module = module_of(node) if node.op == "call_module" else None
+    if isinstance(module, IntegerRecurrent):
+        return module.mode.partition("_")[0]
+    return what(node)
 
 
 def _macs(nodes: tuple[Node, ...]) -> int | None:
@@ -130,6 +143,10 @@ def _weight(head: Node) -> tuple[str, int]:
         table = module_of(head).get_parameter("weight")
         rows = module_of(head).get_parameter("weight_scale").numel() > 1
         return f"int8 per {'channel 0' if rows else 'tensor'}", table.numel()
+    if head.op == "call_module" and isinstance(module_of(head), IntegerRecurrent):
+        recurrent = module_of(head)
+        count = sum(p.numel() for p in recurrent.parameters() if p.dtype is torch.int8)
+        return "int8 per channel 0", count
     if head.op == "call_module":
         return ("float32" if _parameters(head) else ""), _parameters(head)
     return "", 0

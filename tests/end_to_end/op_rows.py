@@ -110,7 +110,6 @@ _INDEX: Final = torch.tensor([3, 1, 0, 2, 5])
 _SCORES: Final = {"attention_scores": "", "softmax": "", "unflatten": "", "transpose": ""}
 """Between its two products, attention is float."""
 _OPENED: Final = {F.scaled_dot_product_attention: fxquant.QConfig()}
-_DYNAMIC: Final = "dynamic"
 
 _LAYERS: Final[dict[str, Row]] = {
     "linear": Row(
@@ -220,13 +219,13 @@ _PRODUCTS: Final[dict[str, Row]] = {
         (lambda m, x: m.rnn(x)[0],),
         "rows",
         lambda: {"rnn": nn.LSTM(16, 12, batch_first=True)},
-        {"LSTM": _DYNAMIC, "getitem": ""},
+        {"getitem": ""},
     ),
     "GRU": Row(
         (lambda m, x: m.rnn(x)[0],),
         "rows",
         lambda: {"rnn": nn.GRU(16, 12, batch_first=True)},
-        {"GRU": _DYNAMIC, "getitem": ""},
+        {"getitem": ""},
     ),
     "RNN, cells": Row(
         (
@@ -242,7 +241,7 @@ _PRODUCTS: Final[dict[str, Row]] = {
             "lstm": nn.LSTMCell(16, 12),
             "cell": nn.RNNCell(16, 12),
         },
-        {"RNN": _DYNAMIC, "getitem": ""},
+        {"getitem": ""},
     ),
     "Embedding, EmbeddingBag": Row(
         (

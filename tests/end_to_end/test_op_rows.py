@@ -28,8 +28,6 @@ ON_CODES: Final = Costs(
 """Whatever can run on codes does: these models are too small for int8 to pay."""
 FLOOR: Final = 20.0
 """Decibels; what is one op between two layers loses less than a whole network may."""
-DYNAMIC: Final = {"LSTM", "GRU", "RNN, cells"}
-"""Recurrent layers are float in static mode; of the last row the cells are int8 all the same."""
 CASES: Final = tuple(
     pytest.param(row, place, id=f"{name}-{place}")
     for name, row in (*ROWS.items(), *((f"{name} ", row) for name, row in MORE.items()))
@@ -114,7 +112,5 @@ def test_a_spelling_is_int8_from_edge_to_edge(row: Row, place: int) -> None:
             assert float((wanted == found).double().mean()) > 0.9
 
 
-def test_the_table_has_46_rows_and_two_are_float() -> None:
+def test_the_table_has_46_rows() -> None:
     assert len(ROWS) == 46
-    assert {name for name, row in ROWS.items() if "dynamic" in row.floats.values()} == DYNAMIC
-    assert [name for name in sorted(DYNAMIC) if len(ROWS[name].bodies) == 1] == ["GRU", "LSTM"]

@@ -120,6 +120,18 @@ def test_attention_is_int8_where_it_is_asked_for() -> None:
         check_is_near(model, quantized, case)
 
 
+@pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+@pytest.mark.parametrize(("name", "layer"), [("crnn", nn.LSTM), ("gru_tagger", nn.GRU)])
+def test_recurrent_layers_are_int8_where_that_is_asked_for(name: str, layer: type) -> None:
+    """By themselves layers as small as these stay float, and their rows say what was measured."""
+    case = CASES[name]
+    model, data = case.build(), [case.data(16, seed, case.size) for seed in range(3)]
+    for backend in ("x86", "reference"):
+        asked = fxquant.quantize(model, data, overrides={layer: "dynamic"}, backend=backend)
+        assert fxquant.report(asked).mac_coverage >= 0.95
+        check_is_near(model, asked, case)
+
+
 def test_there_are_models_enough_and_all_are_honest() -> None:
     assert len(NAMES) >= 40
     # Whatever may keep more than 5 % of its work in float says why.

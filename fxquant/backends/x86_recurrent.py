@@ -1,0 +1,269 @@
+"""Recurrent layers on integer kernels.
+
+One product for the inputs of all steps; then, for each step, one product with the hidden state
+and as few passes over the gates as eager torch allows. Sigmoids are written as tanh, ``sigmoid(x)
+= tanh(x / 2) / 2 + 1 / 2``: one call covers all gates, and torch's tanh gives the same bits
+wherever in a tensor a number stands, which its sigmoid does not. The halves go into the scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fxquant.backends.x86_row_sums import RowSums
+from fxquant.numerics.dynamic import quantize_rows
+from fxquant.numerics.integer_recurrent import Cell, IntegerRecurrent
+from fxquant.numerics.qparams import SMALLEST_SCALE
+from fxquant.numerics.recurrent import STATE, Kind, State
+
+_ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1, 2)}
+"""Blocks of a weight in the order computed with: those of sigmoids first."""
+_SIGMOIDS: Final[dict[Kind, int]] = {"LSTM": 3, "GRU": 2}
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A weight and what its integer sums are multiplied by.
+
+    Args:
+        sums: the integer kernel.
+        scale: float32 ``[outputs]``.
+        bias: float32 ``[outputs]``, zeros where there is none.
+        totals: float32 ``[outputs]``: the sums of each row of the weight.
+    """
+
+    sums: RowSums
+    scale: Tensor
+    bias: Tensor
+    totals: Tensor
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One layer in one direction, as the kernels want it."""
+
+    from_input: _Product
+    from_state: _Product
+    projection: _Product | None
+
+
+class _Rows:
+    """Adds the product of some rows and a weight to something.
+
+    Args:
+        product: the weight.
+        rows: how many rows there are.
+        guarded: whether rows may hold a NaN or an infinity.
+    """
+
+    def __init__(self, product: _Product, rows: int, guarded: bool) -> None:
+        self._sums, self._scale = product.sums, product.scale
+        self._room = product.sums.room(rows)
+        self._codes = self._room[:, : product.sums.inputs]
+        self._guarded = guarded
+        self._single = rows == 1 and not guarded
+
+    def add(self, rows: Tensor, base: Tensor, out: Tensor) -> None:
+        """``out = base + rows @ weight``, each row quantized as :data:`STATE` says."""
+        if self._single:
+            low, high = torch.aminmax(rows)
+            # As a Python number a scale spares three calls; it is rounded to float32 where used.
+            scale = max(max(-low.item(), high.item()) / STATE.quant_max, SMALLEST_SCALE)
+            torch.div(rows, scale, out=self._codes)
+            torch.addcmul(base, self._sums(self._room), self._scale, value=scale, out=out)
+            return
+        scales = rows.abs().amax(1, True).div_(STATE.quant_max)
+        if self._guarded:
+            scales.add_(scales * 0.0)
+        scales.clamp_min_(SMALLEST_SCALE)
+        torch.div(rows, scales, out=self._codes)
+        if self._guarded:
+            self._codes.nan_to_num_(0.0, 0.0, 0.0)
+        torch.addcmul(base, self._sums(self._room).mul_(scales), self._scale, out=out)
+
+
+class X86Recurrent(IntegerRecurrent):
+    """A recurrent layer on integer kernels; on another device it computes as the reference.
+
+    Args:
+        layer: the reference that it stands for.
+    """
+
+    def __init__(self, layer: IntegerRecurrent) -> None:
+        weights = {name: layer.stored(name) for name in layer.matrices()}
+        super().__init__(layer, weights, layer.reads)
+        self._packed: dict[Cell, _Packed] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is packed, which is made again where it is needed."""
+        return {**self.__dict__, "_packed": {}}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed = {}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = {}
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def pack(self, cell: Cell) -> _Packed:
+        """What the kernels want of one layer in one direction; made once."""
+        if cell not in self._packed:
+            first = f"weight_hr{cell.suffix}" if self.proj_size else ""
+            self._packed[cell] = _Packed(
+                self._product(f"weight_ih{cell.suffix}", f"bias_ih{cell.suffix}", gates=True),
+                self._product(f"weight_hh{cell.suffix}", f"bias_hh{cell.suffix}", gates=True),
+                self._product(first, "", gates=False) if first else None,
+            )
+        return self._packed[cell]
+
+    def _product(self, weight: str, bias: str, *, gates: bool) -> _Product:
+        codes, scale = self.matrix(weight)
+        held = self._parameters.get(bias)
+        shift = torch.zeros(codes.shape[0]) if held is None else held.detach()
+        codes, scale = codes.detach(), scale.detach()
+        if gates and self.mode in _ORDER:
+            order = _ORDER[self.mode]
+            codes, scale, shift = (
+                torch.cat([part.chunk(len(order))[at] for at in order])
+                for part in (codes, scale, shift)
+            )
+            halves = torch.ones_like(scale)
+            halves[: _SIGMOIDS[self.mode] * self.hidden_size] = 0.5
+            scale, shift = scale * halves, shift * halves
+        totals = codes.sum(1, dtype=torch.int32).to(torch.float32)
+        return _Product(RowSums(codes.contiguous()), scale.contiguous(), shift, totals)
+
+    def run_cell(
+        self, cell: Cell, x: Tensor, sizes: list[int], state: State
+    ) -> tuple[Tensor, State]:
+        """As :func:`fxquant.numerics.recurrent.run_layer`."""
+        if not x.is_cpu or not x.shape[0]:
+            return super().run_cell(cell, x, sizes, state)
+        with torch.no_grad():
+            packed = self.pack(cell)
+            given = self._from_input(packed, x)
+            total = sum((part.sum() for part in state), given.sum())
+            # Of the three, only relu may grow without bound from finite numbers.
+            guarded = self.mode == "RNN_RELU" or not math.isfinite(float(total))
+            out = torch.empty(x.shape[0], self.width)
+            ends = tuple(part.detach().clone() for part in state)
+            steps = _Steps(given.split(sizes), out.split(sizes), sizes, cell.reverse, ends)
+            run = {"LSTM": self._lstm, "GRU": self._gru}.get(self.mode, self._rnn)
+            run(packed, steps, guarded)
+            return out, ends
+
+    def _from_input(self, packed: _Packed, x: Tensor) -> Tensor:
+        """What the inputs of all steps give to the gates, biases included."""
+        product, spec = packed.from_input, self.reads
+        codes, scale, zero_point = quantize_rows(x, spec)
+        middle = 128 if spec.dtype == "uint8" else 0
+        room = product.sums.room(x.shape[0])
+        room[:, : product.sums.inputs] = codes.to(torch.float32).sub_(middle)
+        total = product.sums(room)
+        if spec.dtype == "uint8":
+            total.addcmul_((middle - zero_point).to(torch.float32), product.totals)
+        # What is added to the sums of states later is a bias too, but in a GRU it is multiplied.
+        bias = product.bias if self.mode == "GRU" else product.bias + packed.from_state.bias
+        return torch.addcmul(bias, total.mul_(scale), product.scale)
+
+    def _lstm(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
+        hidden, half = self.hidden_size, torch.tensor(0.5)
+        add, tanh, multiply = torch.add, torch.tanh, torch.mul
+        for rows, times in steps.runs():
+            product = _Rows(packed.from_state, rows, guarded).add
+            last = packed.projection
+            project = None if last is None else _Rows(last, rows, guarded).add
+            gates = torch.empty(rows, 4 * hidden)
+            let_in, keep, out, fresh = gates.chunk(4, 1)
+            sigmoids = gates[:, : 3 * hidden]
+            bounded, cell = torch.empty(rows, hidden), steps.ends[1][:rows]
+            state = steps.state
+            for given, made in times:
+                product(state, given, gates)
+                gates.tanh_()
+                add(half, sigmoids, alpha=0.5, out=sigmoids)
+                cell.mul_(keep).addcmul_(let_in, fresh)
+                tanh(cell, out=bounded)
+                if project is None or last is None:
+                    multiply(out, bounded, out=made)
+                else:
+                    project(bounded.mul_(out), last.bias, made)
+                state = made
+            steps.state = state
+
+    def _gru(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
+        hidden, half, bias = self.hidden_size, torch.tensor(0.5), packed.from_state.bias
+        for rows, times in steps.runs():
+            product = _Rows(packed.from_state, rows, guarded).add
+            gates = torch.empty(rows, 3 * hidden)
+            reset, update, more = gates.chunk(3, 1)
+            sigmoids = gates[:, : 2 * hidden]
+            fresh, state = torch.empty(rows, hidden), steps.state
+            for given, made in times:
+                product(state, bias, gates)
+                sigmoids.add_(given[:, : 2 * hidden]).tanh_()
+                torch.add(half, sigmoids, alpha=0.5, out=sigmoids)
+                torch.addcmul(given[:, 2 * hidden :], reset, more, out=fresh)
+                fresh.tanh_()
+                torch.addcmul(fresh, update, state - fresh, out=made)
+                state = made
+            steps.state = state
+
+    def _rnn(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
+        activate = torch.Tensor.tanh_ if self.mode == "RNN_TANH" else torch.Tensor.relu_
+        for rows, times in steps.runs():
+            product = _Rows(packed.from_state, rows, guarded).add
+            state = steps.state
+            for given, made in times:
+                product(state, given, made)
+                activate(made)
+                state = made
+            steps.state = state
+
+
+class _Steps:
+    """The steps of a layer, in runs of as many sequences each.
+
+    Args:
+        given: what the input gives to the gates of each step.
+        made: where the hidden state of each step is written.
+        sizes: how many sequences each step has.
+        reverse: from the last to the first.
+        ends: the states, written over: a sequence has its own until it begins and once it ends.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[Tensor],
+        made: Sequence[Tensor],
+        sizes: list[int],
+        reverse: bool,
+        ends: State,
+    ) -> None:
+        self._given, self._made, self._sizes = given, made, sizes
+        self._order = list(range(len(sizes)))[:: -1 if reverse else 1]
+        self.ends = ends
+        self.state = ends[0][:0]
+
+    def runs(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+        """How many rows, and the steps that have so many; ``state`` is theirs meanwhile."""
+        at = 0
+        while at < len(self._order):
+            rows, first = self._sizes[self._order[at]], at
+            while at < len(self._order) and self._sizes[self._order[at]] == rows:
+                at += 1
+            before = self.state.shape[0]
+            if rows > before:
+                self.state = torch.cat((self.state, self.ends[0][before:rows]))
+            elif rows < before:
+                self.ends[0][rows:before] = self.state[rows:]
+                self.state = self.state[:rows]
+            yield rows, [(self._given[i], self._made[i]) for i in self._order[first:at]]
+        self.ends[0][: self.state.shape[0]] = self.state

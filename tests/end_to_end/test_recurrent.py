@@ -1,0 +1,102 @@
+"""Models with recurrent layers, through the public calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.errors import SpeedWarning
+from tests.recurrent import decibels
+
+pytestmark = pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+BACKENDS = ("x86", "reference")
+STEPS = torch.randn(12, 3, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Tagger(nn.Module):
+    """A linear, a recurrent layer whose state may be passed on, a linear."""
+
+    def __init__(self, layer: nn.RNNBase, width: int) -> None:
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(32, 32), layer, nn.Linear(width, 5)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        self.rnn.flatten_parameters()
+        out, state = self.rnn(self.first(x), state)
+        return self.last(out), state
+
+
+def tagger(kind: str = "LSTM", **options: Any) -> Tagger:
+    torch.manual_seed(0)
+    cls = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}[kind]
+    width = 24 * (2 if options.get("bidirectional") else 1)
+    return Tagger(cls(32, 24, **options), width).eval()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_model_is_int8_from_end_to_end(backend: str, kind: str) -> None:
+    model = tagger(kind, num_layers=2, bidirectional=True)
+    asked = {type(model.rnn): "dynamic"}
+    q = fxquant.quantize(model, [STEPS], overrides=asked, backend=backend)
+    report = fxquant.report(q)
+    row = next(row for row in report.rows if row["op"] == kind)
+    assert row["runs"] == "int8" and row["weight"] == "int8 per channel 0" and row["macs"]
+    assert report.mac_coverage == 1.0
+    for batch in (1, 3, 7):
+        x = torch.randn(5, batch, 32)
+        assert decibels(model(x)[0], q(x)[0]) >= 25
+    for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(twin(STEPS)[0], q(STEPS)[0])
+
+
+def test_large_layers_are_int8_by_default_and_none_leaves_them_float() -> None:
+    torch.manual_seed(0)
+    large = nn.Sequential(nn.LSTM(512, 768)).eval()
+    x = torch.randn(2, 1, 512)
+    row = fxquant.report(fxquant.quantize(large, [x])).rows[0]
+    assert row["runs"] == "int8" and row["macs"] == 2 * 4 * 768 * (512 + 768)
+    model = tagger()
+    q = fxquant.quantize(model, [STEPS], overrides={nn.LSTM: None})
+    assert type(q.rnn) is nn.LSTM
+    row = next(row for row in fxquant.report(q).rows if row["op"] == "LSTM")
+    assert (row["runs"], row["why"], row["by"]) == (
+        *("float", "it was asked to stay float", "override LSTM"),
+    )
+
+
+def test_small_layers_stay_float_and_the_report_says_why() -> None:
+    q = fxquant.quantize(tagger(), [STEPS])
+    row = next(row for row in fxquant.report(q).rows if row["op"] == "LSTM")
+    assert row["runs"] == "float" and "faster" in row["why"] and row["by"] == "convert-recurrent"
+
+
+@pytest.mark.filterwarnings("default::fxquant.errors.SpeedWarning")
+def test_whoever_asks_for_a_slow_one_is_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)).eval()
+    with pytest.warns(SpeedWarning, match=r"slower than the float one.*\(X86Recurrent\)"):
+        fxquant.quantize(model, [torch.randn(64, 2, 8)], overrides={nn.LSTM: "dynamic"})
+
+
+def test_state_is_carried_from_call_to_call() -> None:
+    model = tagger()
+    q = fxquant.quantize(
+        model,
+        lambda m: m(STEPS, (torch.zeros(1, 3, 24), torch.zeros(1, 3, 24))),
+        example_inputs=(STEPS, (torch.zeros(1, 3, 24), torch.zeros(1, 3, 24))),
+        overrides={nn.LSTM: "dynamic"},
+    )
+    whole, ends = q(STEPS, (torch.zeros(1, 3, 24), torch.zeros(1, 3, 24)))
+    state: Any = (torch.zeros(1, 3, 24), torch.zeros(1, 3, 24))
+    made = []
+    for step in STEPS.split(1):
+        out, state = q(step, state)
+        made.append(out)
+    assert torch.equal(torch.cat(made), whole)
+    assert all(torch.equal(a, b) for a, b in zip(state, ends, strict=True))
