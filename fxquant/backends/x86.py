@@ -17,6 +17,7 @@ from fxquant.backends.x86_move_rules import MOVE_RULES
 from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_recurrent import X86Recurrent
 from fxquant.backends.x86_rules import OP_RULES
+from fxquant.backends.x86_unit_rules import UNIT_RULES
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.patterns.rule import Rule
 
@@ -41,7 +42,9 @@ class X86:
     """Int8 kernels of the oneDNN that torch is built with."""
 
     name: str = "x86"
-    rules: tuple[Rule, ...] = (*LAYER_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES)
+    rules: tuple[Rule, ...] = (
+        *LAYER_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
+    )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: {IntegerRecurrent: X86Recurrent}
     )

@@ -86,6 +86,15 @@ _SHAPED: Final = (
     ),
 )
 
+
+def _smaller_first(given: dict[str, Any]) -> dict[str, Any]:
+    """``transpose(-1, -2)`` is ``transpose(-2, -1)``."""
+    first, second = given["dim0"], given["dim1"]
+    if isinstance(first, int) and isinstance(second, int) and first > second:
+        return {**given, "dim0": second, "dim1": first}
+    return given
+
+
 _last_two = fixed(dim0=-2, dim1=-1)
 
 _PERMUTED: Final = (
@@ -112,6 +121,7 @@ _PERMUTED: Final = (
         )
         | spellings(("adjoint",), lambda input: None, read=_last_two),
         attributes=spellings(("mT", "mH"), lambda input: None, read=_last_two),
+        tidy=_smaller_first,
     ),
     entry(
         "t",

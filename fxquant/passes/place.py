@@ -76,7 +76,11 @@ class Place(Pass):
 
 
 def _is_fixed(unit: Unit) -> bool:
-    if unit.custom is not None and unit.custom.kernel is not None:
+    custom = unit.custom
+    if custom is not None and custom.kernel is not None:
+        return True
+    # A user's pattern asks for codes at its edges; where nobody reads them, it gains nothing.
+    if custom is not None and any(info(output).qtype is not None for output in unit.outputs):
         return True
     op = op_of(unit.head)
     if op is None or op.name != "matmul":

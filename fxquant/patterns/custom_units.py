@@ -119,10 +119,13 @@ def group_custom(unit: CustomUnit, names: Names) -> Callable[[Match, Editor], No
     def rewrite(match: Match, editor: Editor) -> None:
         given = {node: place for place, node in enumerate(names.outputs(match))}
         stages = _stages(match) if unit.kernel is None else dict.fromkeys(match.nodes, 0)
+        stages = _with_layers(stages)
         last = max(stages.values())
         numbers = tuple((name, match.bound[name]) for name in names.numbers if match.has(name))
         for node in sorted(match.nodes):
             stage = stages[node]
+            if stage < 0:
+                continue
             crosses = any(stages.get(user, stage) != stage for user in node.users)
             gives = (given[node],) if node in given else (-1,) if crosses else ()
             named = f"{unit.name} ({stage + 1} of {last + 1})" if last else unit.name
@@ -148,6 +151,18 @@ def _reads(match: Match, node: Node, names: Names) -> tuple[tuple[int, str], ...
         for name in names.inputs
         if match.bound.get(name) is source
     )
+
+
+def _with_layers(stages: dict[Node, int]) -> dict[Node, int]:
+    """Ops that only prepare what a layer reads are left to themselves: stage -1.
+
+    They have int8 forms of their own, which move or join codes where a unit would compute.
+    """
+    first = [node for node, stage in stages.items() if stage == 0]
+    kinds = [found.kind for node in first if (found := op_of(node)) is not None]
+    if max(stages.values()) == 0 or Kind.CONTRACT in kinds:
+        return stages
+    return {node: stage - 1 for node, stage in stages.items()}
 
 
 def _stages(match: Match) -> dict[Node, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -328,3 +329,83 @@ def test_one_tensor_as_both_inputs(backend: str) -> None:
     for unit in (fxquant.Pattern(product, kernel=kernel), replaced):
         q, _ = quantized(model, unit, backend=backend)
         assert error(q, model) < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_unit_without_a_layer_is_one_call(backend: str) -> None:
+    @fxquant.pattern
+    def attend(q, k, v, scale: float):  # type: ignore[no-untyped-def]
+        return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+
+    def body(m: Any, x: Any) -> Any:
+        scores = torch.matmul(m.q(x), m.k(x).mT) * 0.25
+        return m.o(F.softmax(scores, -1).matmul(m.v(x)))
+
+    model = One(body, **{name: nn.Linear(16, 16) for name in "qkvo"}).eval()
+    x = torch.randn(4, 10, 16)
+    q, report = quantized(model, attend, backend=backend, x=x)
+    op = next(op for op in report.ops if op.op == "attend")
+    assert op.int8 and len(op.reads) == 3 and None not in op.reads and op.writes is not None
+    assert op.kernel == ("UnitCodes" if backend == "x86" else "reference")
+    assert error(q, model, x) < 0.05
+    with torch.no_grad():
+        assert q(x[:1, :3]).shape == model(x[:1, :3]).shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_prepares_the_input_of_a_layer_still_moves_codes(backend: str) -> None:
+    @fxquant.pattern
+    def joined(x, y, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+        return torch.tanh(conv(torch.cat([x, y], 1)))
+
+    def body(m: Any, x: Any) -> Any:
+        return m.o(torch.tanh(m.c(torch.cat([m.a(x), m.b(x)], dim=1))))
+
+    parts = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(16, 8, 1)}
+    model = One(body, **parts, o=nn.Conv2d(8, 4, 1)).eval()
+    q, report = quantized(model, joined, backend=backend)
+    assert [op.op for op in report.ops] == ["conv2d", "conv2d", "cat", "joined", "conv2d"]
+    assert all(op.int8 for op in report.ops)
+    assert error(q, model) < 0.05
+
+
+def test_squeeze_and_excitation_is_two_units() -> None:
+    @fxquant.pattern
+    def excite(x, down: nn.Conv2d, up: nn.Conv2d):  # type: ignore[no-untyped-def]
+        return x * torch.sigmoid(up(torch.relu(down(F.adaptive_avg_pool2d(x, 1)))))
+
+    def body(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        s = m.down(F.adaptive_avg_pool2d(y, (1, 1)))
+        return m.o(y * m.up(s.relu()).sigmoid())
+
+    parts = {"a": nn.Conv2d(3, 8, 3), "down": nn.Conv2d(8, 4, 1), "up": nn.Conv2d(4, 8, 1)}
+    model = One(body, **parts, o=nn.Conv2d(8, 4, 1)).eval()
+    for backend in BACKENDS:
+        q, report = quantized(model, excite, backend=backend)
+        named = [op.op for op in report.ops if op.op.startswith("excite")]
+        assert named == ["excite (1 of 2)", "excite (2 of 2)"]
+        assert error(q, model) < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_models_with_kernels_are_copied_and_pickled(backend: str) -> None:
+    unit = fxquant.Pattern(conv_swish.definition, kernel=my_kernel)
+    q, _ = quantized(trained(Swish()), unit, backend=backend)
+    with torch.no_grad():
+        wanted = q(X)
+        assert torch.equal(copy.deepcopy(q)(X), wanted)
+        assert torch.equal(pickle.loads(pickle.dumps(q))(X), wanted)
+    assert {"conv.conv_weight", "conv.conv_scale", "conv.conv_bias"} <= set(q.state_dict())
+
+
+@pytest.mark.parametrize("last", [nn.MaxPool2d(2), nn.Flatten(), nn.AdaptiveAvgPool2d(1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_unit_may_end_with_any_op(last: nn.Module, backend: str) -> None:
+    unit = fxquant.Pattern([nn.Conv2d, nn.ReLU, type(last)], name="mine")
+    tail = nn.Linear(8 * 10 * 10, 4) if isinstance(last, nn.Flatten) else nn.Conv2d(8, 4, 1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), last, tail).eval()
+    q, report = quantized(net, unit, backend=backend)
+    assert [op.op for op in report.ops] == ["mine", type(tail).__name__.lower()]
+    assert all(op.int8 for op in report.ops)
+    assert error(q, net) < 0.05

@@ -25,7 +25,7 @@ VIEWS: Final[dict[str, Case]] = {
     ),
     "permute": Case(options={"dims": (0, -1, 1)}),
     "transpose": Case(
-        options={"dim0": 1, "dim1": -1},
+        options={"dim0": -1, "dim1": 1},  # the smaller one stands first
         only=dict.fromkeys((torch.adjoint, "adjoint", ".mT", ".mH"), _LAST_TWO),
     ),
     "t": Case(shape=(3, 4)),
