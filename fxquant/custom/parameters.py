@@ -56,11 +56,19 @@ def read_parameters(function: Callable[..., Any], line: str) -> tuple[Parameter,
         PatternError: an annotation that says nothing a pattern can look for.
     """
     try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError) as error:
+        hints = inspect.get_annotations(function, eval_str=True)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
         raise PatternError(f"{line}: its annotations cannot be read: {error}") from error
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError) as error:
+        name = getattr(function, "__name__", function)
+        raise PatternError(
+            f"{line}: {name} tells nothing of its parameters: write a function that calls it, or "
+            f"a list: fxquant.Pattern([{name}])"
+        ) from error
     found = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise PatternError(
                 f"{line}: it takes *{name}, and a pattern has a fixed number of inputs: name each"

@@ -123,8 +123,11 @@ class Pattern:
                 f"{self.line}: a pattern is a function written like model code, or a list such as "
                 f"[nn.Conv2d, nn.SiLU]; this is {definition!r}"
             )
-        parameters = read_parameters(definition, self.line)
-        return definition, parameters, str(getattr(definition, "__name__", "pattern"))
+        default = str(getattr(definition, "__name__", type(definition).__name__))
+        function: Any = definition
+        if not inspect.isroutine(function):
+            function = function.__call__
+        return function, read_parameters(function, self.line), default
 
     def _check_options(self, kernel: Any, qat: Any, replacement: Any, priority: Any) -> None:
         if not isinstance(self.name, str) or not self.name:

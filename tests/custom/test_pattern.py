@@ -394,3 +394,52 @@ def test_any_iterable_of_patterns_will_do() -> None:
         assert fxquant.report(q).ops[0].op == "mine"
     with pytest.raises(PatternError, match="two rules are called 'mine'"):
         fxquant.quantize(net, [X], patterns=[unit, unit], backend="reference")
+
+
+class Callable_:
+    """An object that is called."""
+
+    def __call__(self, x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+        return torch.relu(conv(x))
+
+    def method(self, x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+        return torch.relu(conv(x))
+
+
+def test_methods_and_objects_are_definitions_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    assert fxquant.Pattern(Callable_()).match(net)
+    assert fxquant.Pattern(Callable_().method).match(net)
+    with pytest.raises(PatternError, match=r"write a function that calls it, or a list"):
+        fxquant.Pattern(torch.relu)
+
+
+def test_a_tuple_of_classes_says_either() -> None:
+    def either(x, conv, act):  # type: ignore[no-untyped-def]
+        return act(conv(x))
+
+    # As they are written, and as the strings that postponed annotations are.
+    either.__annotations__ = {"conv": (nn.Conv1d, nn.Conv2d), "act": "(nn.ReLU, nn.SiLU)"}
+    unit = fxquant.Pattern(either)
+    assert unit.match(nn.Sequential(nn.Conv1d(3, 8, 3), nn.SiLU()).eval())
+    assert unit.match(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval())
+    assert not unit.match(nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU()).eval())
+
+
+def test_a_condition_that_fails_says_where() -> None:
+    unit = fxquant.Pattern(_layer, where=lambda layer: bool(1 / 0))
+    with pytest.raises(PatternError, match=r"where= of pattern '_layer' failed at .*ZeroDivision"):
+        unit.match(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+def test_parts_of_a_module_that_stays_python_are_looked_into() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Any:
+            return self.body(x) if x.sum() > 0 else x
+
+    found = fxquant.Pattern(_layer).match(nn.Sequential(Gate()), torch.ones(1, 4))
+    assert [hit.path for hit in found.hits] == ["0.body.0"]

@@ -409,3 +409,30 @@ def test_a_unit_may_end_with_any_op(last: nn.Module, backend: str) -> None:
     assert [op.op for op in report.ops] == ["mine", type(tail).__name__.lower()]
     assert all(op.int8 for op in report.ops)
     assert error(q, net) < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_with_optional_parts_options_and_odd_names(backend: str) -> None:
+    def kernel(x, conv, output, act=None):  # type: ignore[no-untyped-def]
+        weight = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)
+        y = F.conv2d(x.real, weight, conv.bias, conv.stride, conv.padding)
+        y = y if act is None else F.leaky_relu(y, act.negative_slope)
+        codes = (y / output.scale).round() + output.zero_point
+        return codes.clamp(output.quant_min, output.quant_max).to(output.dtype)
+
+    @fxquant.pattern(kernel=kernel)
+    def unit(x, conv: nn.Conv2d, act: nn.LeakyReLU | None):  # type: ignore[no-untyped-def]
+        y = conv(x)
+        return act(y) if act is not None else y
+
+    shared = nn.Conv2d(8, 8, 3)
+    net = nn.Sequential()
+    net.add_module("<img src=x onerror=alert(1)>", nn.Conv2d(3, 8, 1))
+    net.add_module("\x1b[31m", nn.LeakyReLU(0.3))
+    for name in ("first", "second"):
+        net.add_module(name, shared)
+        net.add_module(f"{name}_act", nn.LeakyReLU(0.1))
+    net.add_module("last", nn.Conv2d(8, 4, 1))
+    q, report = quantized(trained(net), unit, backend=backend)
+    assert [op.kernel for op in report.ops] == ["your kernel"] * 4
+    assert error(q, net) < 0.06
