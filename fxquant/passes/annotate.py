@@ -102,7 +102,9 @@ class Annotate(Pass):
             if op is None:
                 continue
             weight_is_float = config is None or config.weight is None
-            why = _changes(op, node) or _bad_weight(op, node, weight_is_float)
+            why = _bad_weight(op, node, weight_is_float)
+            if gives_indices(node):
+                why = "it takes indices, which are no codes"
             if why is not None:
                 return Decision(False, f"{why} (%{node.name})", "annotate")
         bad = _bad_values(unit) or _masked(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -443,3 +444,33 @@ def test_parts_of_a_module_that_stays_python_are_looked_into() -> None:
 
     found = fxquant.Pattern(_layer).match(nn.Sequential(Gate()), torch.ones(1, 4))
     assert [hit.path for hit in found.hits] == ["0.body.0"]
+
+
+def test_what_a_pattern_lost_to_another_is_a_near_miss() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Tanh()).eval()
+    small = fxquant.Pattern([nn.Conv2d, nn.ReLU], name="small")
+    large = fxquant.Pattern([nn.Conv2d, nn.ReLU, nn.Tanh], name="large")
+    prepared = fxquant.prepare(net, patterns=[small, large])
+    near = {rule: why for rule, _, why in fxquant.history(prepared).near()}
+    assert near["small"].endswith("belongs to pattern 'large', which goes first")
+    assert any("belongs to pattern 'large'" in why for why in near.values())
+
+
+def test_patterns_of_a_program_are_used_again_and_again() -> None:
+    mine = [fxquant.Pattern([nn.Linear, nn.Tanh], name="mine", qat=lambda **parts: nn.Identity())]
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).eval()
+    before = copy.deepcopy(net)
+    for _ in range(2):
+        q = fxquant.quantize(net, [torch.randn(8, 4)], patterns=mine, backend="reference")
+        assert fxquant.report(q).ops[0].op == "mine"
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True)
+    )
+    assert mine[0].unit.qat is not None and "mine" in repr(mine[0])
+
+
+def test_active_dropout_inside_a_unit_is_its_own() -> None:
+    unit = fxquant.Pattern([nn.Linear, nn.Dropout, nn.ReLU], name="mine")
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU(), nn.Linear(4, 4)).eval()
+    q = fxquant.quantize(net, [torch.randn(8, 4)], patterns=[unit], backend="reference")
+    assert [op.op for op in fxquant.report(q).ops] == ["mine", "linear"]
