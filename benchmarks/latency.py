@@ -56,15 +56,20 @@ class Worker:
 
 
 def start(name: str, model: str, threads: int, size: int, batch: int) -> Worker | None:
-    """Start a contender and wait until it is ready, so that no two build at the same time."""
+    """Start a contender of a model."""
     command = [sys.executable, "-m", "benchmarks.latency_worker", name, model]
     command += ["--threads", str(threads), "--size", str(size), "--batch", str(batch)]
+    return start_worker(name, command)
+
+
+def start_worker(name: str, command: list[str]) -> Worker | None:
+    """Start a contender and wait until it is ready, so that no two build at the same time."""
     pipe = subprocess.PIPE
     worker = Worker(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
     ready = worker.answer()
     if ready is None:
         worker.process.wait()
-        say(f"{model}: {name} could not be built; the reason stands above")
+        say(f"{name} could not be built; the reason stands above")
         return None
     worker.ready = ready
     return worker

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_dynamic
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 ENGINES = ("x86", "fbgemm", "onednn")
@@ -38,3 +38,12 @@ def fx_static(model: nn.Module, data: Iterable[Tensor], engine: str) -> nn.Modul
             prepared(batch)
         converted: nn.Module = convert_fx(prepared)
     return converted
+
+
+def dynamic_recurrent(model: nn.Module) -> nn.Module:
+    """Recurrent layers dynamically quantized by torch's own means, with its fastest engine."""
+    torch.backends.quantized.engine = "fbgemm"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: nn.Module = quantize_dynamic(model, {nn.LSTM, nn.GRU})
+    return made

@@ -1,9 +1,12 @@
 """Recurrent layers on integer kernels.
 
 One product for the inputs of all steps; then, for each step, one product with the hidden state
-and as few passes over the gates as eager torch allows. Sigmoids are written as tanh, ``sigmoid(x)
-= tanh(x / 2) / 2 + 1 / 2``: one call covers all gates, and torch's tanh gives the same bits
-wherever in a tensor a number stands, which its sigmoid does not. The halves go into the scales.
+and as few passes over the gates as eager torch allows.
+
+A sequence gets the same bits alone and in a batch: integer sums are exact, and of the functions
+of gates torch's tanh gives the same bits wherever in a tensor a number stands. Its sigmoid does so
+in whole vectors only. So gates that have one are padded to whole vectors, with units whose state
+stays 0, and taken in pieces that it does not divide among threads.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.backends.x86_lstm_loop import fastest_lstm_loop
 from fxquant.backends.x86_row_sums import RowSums
 from fxquant.numerics.dynamic import quantize_rows
 from fxquant.numerics.integer_recurrent import Cell, IntegerRecurrent
@@ -24,7 +29,10 @@ from fxquant.numerics.recurrent import STATE, Kind, State
 
 _ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1, 2)}
 """Blocks of a weight in the order computed with: those of sigmoids first."""
-_SIGMOIDS: Final[dict[Kind, int]] = {"LSTM": 3, "GRU": 2}
+_VECTOR: Final = 32
+"""Numbers that torch's kernels take at a time, at most: two vectors of AVX512."""
+_UNDIVIDED: Final = 32736
+"""Numbers that are too few for torch to divide a call among threads; a multiple of 32."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +131,31 @@ class X86Recurrent(IntegerRecurrent):
             )
         return self._packed[cell]
 
+    @property
+    def padded(self) -> int:
+        """How many units a layer is computed with."""
+        whole = _VECTOR if self.mode in _ORDER else 1
+        return -(-self.hidden_size // whole) * whole
+
     def _product(self, weight: str, bias: str, *, gates: bool) -> _Product:
         codes, scale = self.matrix(weight)
         held = self._parameters.get(bias)
         shift = torch.zeros(codes.shape[0]) if held is None else held.detach()
         codes, scale = codes.detach(), scale.detach()
+        more = self.padded - self.hidden_size
+        if codes.shape[1] == self.hidden_size and not weight.startswith("weight_ih"):
+            codes = F.pad(codes, (0, more))
         if gates and self.mode in _ORDER:
             order = _ORDER[self.mode]
             codes, scale, shift = (
-                torch.cat([part.chunk(len(order))[at] for at in order])
+                torch.cat(
+                    [
+                        torch.cat((block, block.new_zeros(more, *block.shape[1:])))
+                        for block in (part.chunk(len(order))[at] for at in order)
+                    ]
+                )
                 for part in (codes, scale, shift)
             )
-            halves = torch.ones_like(scale)
-            halves[: _SIGMOIDS[self.mode] * self.hidden_size] = 0.5
-            scale, shift = scale * halves, shift * halves
         totals = codes.sum(1, dtype=torch.int32).to(torch.float32)
         return _Product(RowSums(codes.contiguous()), scale.contiguous(), shift, totals)
 
@@ -152,12 +171,24 @@ class X86Recurrent(IntegerRecurrent):
             total = sum((part.sum() for part in state), given.sum())
             # Of the three, only relu may grow without bound from finite numbers.
             guarded = self.mode == "RNN_RELU" or not math.isfinite(float(total))
-            out = torch.empty(x.shape[0], self.width)
-            ends = tuple(part.detach().clone() for part in state)
+            width = self.proj_size or self.padded
+            out = torch.empty(x.shape[0], width)
+            wide = (width, self.padded)[: len(state)]
+            ends = tuple(
+                F.pad(part.detach(), (0, to - part.shape[1]))
+                for part, to in zip(state, wide, strict=True)
+            )
             steps = _Steps(given.split(sizes), out.split(sizes), sizes, cell.reverse, ends)
             run = {"LSTM": self._lstm, "GRU": self._gru}.get(self.mode, self._rnn)
             run(packed, steps, guarded)
-            return out, ends
+            return self._own(out, self.width), tuple(
+                self._own(part, own)
+                for part, own in zip(ends, (self.width, self.hidden_size), strict=False)
+            )
+
+    @staticmethod
+    def _own(part: Tensor, width: int) -> Tensor:
+        return part if part.shape[1] == width else part[:, :width].contiguous()
 
     def _from_input(self, packed: _Packed, x: Tensor) -> Tensor:
         """What the inputs of all steps give to the gates, biases included."""
@@ -174,21 +205,47 @@ class X86Recurrent(IntegerRecurrent):
         return torch.addcmul(bias, total.mul_(scale), product.scale)
 
     def _lstm(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
-        hidden, half = self.hidden_size, torch.tensor(0.5)
-        add, tanh, multiply = torch.add, torch.tanh, torch.mul
+        product, hidden = packed.from_state, self.padded
+        kernel = product.sums.legacy
+        if kernel is None or packed.projection is not None:
+            self._lstm_in_parts(packed, steps, guarded)
+            return
+        loop = fastest_lstm_loop()
+        for rows, times in steps.runs():
+            given, made = [list(part) for part in zip(*times, strict=True)]
+            gates = torch.empty(rows, 4 * hidden)
+            steps.state = loop(
+                steps.state,
+                steps.ends[1][:rows],
+                given,
+                made,
+                _pieces(gates[:, : 3 * hidden]),
+                gates,
+                product.sums.room(rows),
+                *kernel,
+                product.scale,
+                guarded,
+                STATE.quant_max,
+                SMALLEST_SCALE,
+            )
+
+    def _lstm_in_parts(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
+        hidden = self.padded
+        tanh, multiply = torch.tanh, torch.mul
         for rows, times in steps.runs():
             product = _Rows(packed.from_state, rows, guarded).add
             last = packed.projection
             project = None if last is None else _Rows(last, rows, guarded).add
             gates = torch.empty(rows, 4 * hidden)
             let_in, keep, out, fresh = gates.chunk(4, 1)
-            sigmoids = gates[:, : 3 * hidden]
+            sigmoids = _pieces(gates[:, : 3 * hidden])
             bounded, cell = torch.empty(rows, hidden), steps.ends[1][:rows]
             state = steps.state
             for given, made in times:
                 product(state, given, gates)
-                gates.tanh_()
-                add(half, sigmoids, alpha=0.5, out=sigmoids)
+                for piece in sigmoids:
+                    piece.sigmoid_()
+                fresh.tanh_()
                 cell.mul_(keep).addcmul_(let_in, fresh)
                 tanh(cell, out=bounded)
                 if project is None or last is None:
@@ -199,17 +256,18 @@ class X86Recurrent(IntegerRecurrent):
             steps.state = state
 
     def _gru(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
-        hidden, half, bias = self.hidden_size, torch.tensor(0.5), packed.from_state.bias
+        hidden, bias = self.padded, packed.from_state.bias
         for rows, times in steps.runs():
             product = _Rows(packed.from_state, rows, guarded).add
             gates = torch.empty(rows, 3 * hidden)
             reset, update, more = gates.chunk(3, 1)
-            sigmoids = gates[:, : 2 * hidden]
+            sums, sigmoids = gates[:, : 2 * hidden], _pieces(gates[:, : 2 * hidden])
             fresh, state = torch.empty(rows, hidden), steps.state
             for given, made in times:
                 product(state, bias, gates)
-                sigmoids.add_(given[:, : 2 * hidden]).tanh_()
-                torch.add(half, sigmoids, alpha=0.5, out=sigmoids)
+                sums.add_(given[:, : 2 * hidden])
+                for piece in sigmoids:
+                    piece.sigmoid_()
                 torch.addcmul(given[:, 2 * hidden :], reset, more, out=fresh)
                 fresh.tanh_()
                 torch.addcmul(fresh, update, state - fresh, out=made)
@@ -226,6 +284,13 @@ class X86Recurrent(IntegerRecurrent):
                 activate(made)
                 state = made
             steps.state = state
+
+
+def _pieces(gates: Tensor) -> list[Tensor]:
+    """Views that torch takes in whole vectors and by one thread each."""
+    columns = min(gates.shape[1], _UNDIVIDED)
+    rows = max(1, _UNDIVIDED // columns)
+    return [piece for part in gates.split(rows) for piece in part.split(columns, 1)]
 
 
 class _Steps:

@@ -69,6 +69,14 @@ class RowSums:
                 "",
             )
 
+    @property
+    def legacy(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The tensors that FBGEMM's kernel is called with; ``None`` where oneDNN's is."""
+        if not self._legacy:
+            return None
+        shape, packed, offsets, _, _, zeros = self._call
+        return shape, packed, offsets, zeros
+
     def room(self, rows: int) -> Tensor:
         """Memory for so many rows; codes -128 to 127 go into its first ``inputs`` columns."""
         made = torch.empty(rows, self.inputs + len(_ENDS))
