@@ -8,7 +8,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = ("latency", "accuracy_cifar10", "pipeline_cost", "recurrent", "matching", "lowering_agreement")
+NAMES = (
+    "latency",
+    "accuracy_cifar10",
+    "pipeline_cost",
+    "recurrent",
+    "matching",
+    "lowering_agreement",
+)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def lstm_loop(
+def lstm_loop(  # noqa: PLR0913 - TorchScript takes no object that could hold them
     state: Tensor,
     cell: Tensor,
     given: List[Tensor],  # noqa: UP006 - as above
