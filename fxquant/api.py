@@ -34,6 +34,7 @@ from fxquant.errors import (
     FxQuantWarning,
     warn_user,
 )
+from fxquant.graph.held_state import state_kept
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.observers import Observer
 from fxquant.recipes import (
@@ -45,7 +46,7 @@ from fxquant.report.checks import check_coverage, check_speed
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
-_MODES: Final = ("static",)
+_MODES: Final = ("static", "dynamic")
 _NEED_DATA: Final = ("static",)
 """Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
@@ -87,7 +88,8 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         calibration: what it will be fed in use, a few hundred samples: a DataLoader, an iterable
             or generator of batches, or a function that runs the model. Without it, inputs are
             synthesised from BatchNorm statistics, with a warning.
-        mode: ``"static"``: weights and activations in int8, ranges fixed by calibration.
+        mode: ``"static"``: weights and activations in int8, ranges fixed by calibration;
+            ``"dynamic"``: int8 weights, activations quantized row by row at run time, no data.
         example_inputs: one batch, used for shapes; by default the first calibration batch.
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
@@ -165,7 +167,15 @@ def _prepare_and_calibrate(
             "example of the inputs only",
             FxQuantWarning,
         )
+    if not watched and (args or kwargs):
+        _see_shapes(prepared, args, kwargs)
     return prepared
+
+
+def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the example once, for the shapes that reports count work with."""
+    with torch.no_grad(), state_kept(prepared):
+        prepared(*args, **kwargs)
 
 
 @_outside_inference_mode
@@ -184,7 +194,7 @@ def prepare(
 
     Args:
         model: a float32 model.
-        mode: ``"static"``.
+        mode: ``"static"`` or ``"dynamic"``.
         example_inputs: one batch; lets rules see shapes (linear + batch norm needs it).
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float.

@@ -18,6 +18,7 @@ from fxquant.passes.call_kernels import CallKernels
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
+from fxquant.passes.convert_dynamic import ConvertDynamic
 from fxquant.passes.convert_recurrent import ConvertRecurrent
 from fxquant.passes.decompose import Decompose
 from fxquant.passes.fold_constants import FoldConstants
@@ -46,7 +47,9 @@ _ABOUT: Final = {
 }
 
 
-OTHER_OPS: Final[dict[Scheme, frozenset[str]]] = {}
+OTHER_OPS: Final[dict[Scheme, frozenset[str]]] = {
+    "dynamic": frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+}
 """Ops with an int8 form by another scheme than the static one."""
 
 
@@ -98,6 +101,7 @@ def convert_recipe(backend: Backend) -> Pipeline:
             Place(backend.costs),
             ConvertRecurrent(backend.costs, backend.saturates_pairs),
             Convert(backend.saturates_pairs),
+            ConvertDynamic(),
             CallKernels(),
             Lower(backend.rules, backend.modules),
         )

@@ -138,7 +138,7 @@ def codes_type(dq: Node) -> QType:
     return found
 
 
-def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | None]:
+def tensors_of(layer: Node, editor: Editor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight codes, scale and bias, as the graph's attributes hold them."""
 
     def at(value: Any) -> Any:
@@ -147,11 +147,12 @@ def _tensors(match: Match, editor: Editor) -> tuple[Tensor, Tensor, Tensor | Non
         parent, _, leaf = str(value.target).rpartition(".")
         return getattr(editor.module.get_submodule(parent), leaf).detach()
 
-    weight, scale = at(match.bound["w"]), at(match.bound["scale"])
+    real, held = layer.args[1], argument(layer, "bias")
+    weight, scale = (at(source) for source in real.args[:2])  # type: ignore[union-attr]  # the pattern that matched has it
     if scale.numel() == 1:
-        axis = 1 if _name(match.node("layer")) in TRANSPOSED else 0
+        axis = 1 if _name(layer) in TRANSPOSED else 0
         scale = scale.expand(weight.shape[axis]).contiguous()
-    return weight, scale, at(match.bound["bias"])
+    return weight, scale, at(held)
 
 
 def _each(layer: Node, name: str, rank: int) -> tuple[int, ...]:
@@ -159,7 +160,8 @@ def _each(layer: Node, name: str, rank: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (int(value),) * rank
 
 
-def _geometry(layer: Node) -> Geometry:
+def geometry_of(layer: Node) -> Geometry:
+    """How a convolution of the graph walks."""
     rank = int(_name(layer)[-2])
     stride, padding, dilation = (
         _each(layer, name, rank) for name in ("stride", "padding", "dilation")
@@ -178,7 +180,7 @@ def _is_pointwise(layer: Node, dq: Node) -> bool:
     """Whether a convolution looks at one pixel at a time, all of them, in all channels."""
     if _name(layer) != "conv2d" or len(info(dq).shape or ()) != 4:
         return False
-    g = _geometry(layer)
+    g = geometry_of(layer)
     plain = (g.stride, g.padding, g.dilation, g.groups) == ((1, 1), (0, 0), (1, 1), 1)
     return plain and _weight_shape(layer) == (1, 1)
 
@@ -201,7 +203,7 @@ def _weight(layer: Node) -> Tensor:
 
 def _make(match: Match, editor: Editor, writes: QType | None, other: QType | None) -> X86Layer:
     layer, dq = match.node("layer"), match.node("dq")
-    parts = (*_tensors(match, editor), codes_type(dq), writes)
+    parts = (*tensors_of(layer, editor), codes_type(dq), writes)
     post = post_op(_name(layer), match.bound.get("act")) or PostOp()
     if _name(layer) == "linear":
         if other is not None:
@@ -217,7 +219,7 @@ def _make(match: Match, editor: Editor, writes: QType | None, other: QType | Non
         return X86Pointwise(*parts, post)
     shape = info(dq).shape
     # The weight's layout is chosen for one picture; a batch is big enough to bear another.
-    more = (post, _geometry(layer), None if shape is None else (1, *shape[1:]))
+    more = (post, geometry_of(layer), None if shape is None else (1, *shape[1:]))
     if other is not None:
         return X86ConvSum(*parts, *more, other=other)
     made = (X86Stem if picture_of(match) is not None else X86Conv)(*parts, *more)
@@ -237,7 +239,7 @@ def put(
 ) -> Node:
     """Call ``module`` on codes where the match stood."""
     root = match.root
-    standing = path and _is_container(editor, path)
+    standing = path and is_container(editor, path)
     if standing:
         editor.set_module(path, module)
     else:
@@ -255,7 +257,7 @@ def put(
     return made
 
 
-def _is_container(editor: Editor, path: str) -> bool:
+def is_container(editor: Editor, path: str) -> bool:
     """Whether the place belongs to the layer's own weight holder."""
     try:
         return "weight_scale" in dict(editor.module.get_submodule(path).named_parameters())

@@ -35,6 +35,7 @@ from fxquant.graph.table_weights import WEIGHTED
 QUANTIZE: Final = "quantize"
 DEQUANTIZE: Final = "dequantize"
 DEQUANTIZE_WEIGHT: Final = "dequantize_weight"
+RUN_TIME: Final = "quantize_at_run_time"
 
 
 _Spelled = tuple[Op, Spelling]
@@ -167,7 +168,7 @@ def register_boundary(name: str, target: Callable[..., Any]) -> None:
     ``graph`` and ``numerics`` are blind to each other, so the floor above introduces them.
 
     Args:
-        name: :data:`QUANTIZE`, :data:`DEQUANTIZE` or :data:`DEQUANTIZE_WEIGHT`.
+        name: :data:`QUANTIZE`, :data:`DEQUANTIZE`, :data:`DEQUANTIZE_WEIGHT` or :data:`RUN_TIME`.
         target: the function; its signature becomes the op's.
     """
     op = entry(name, Kind.BOUNDARY, target, sig(target), tensors=_BOUNDARY_TENSORS[name])
@@ -179,6 +180,7 @@ _BOUNDARY_TENSORS: Final[Mapping[str, tuple[str, ...]]] = {
     QUANTIZE: ("x",),
     DEQUANTIZE: ("q",),
     DEQUANTIZE_WEIGHT: ("q", "scale"),
+    RUN_TIME: ("x",),
 }
 
 

@@ -17,6 +17,7 @@ from fxquant.graph.op_table import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
+    RUN_TIME,
     argument,
     function_spelling,
     is_op,
@@ -118,7 +119,9 @@ def _still_observed(node: Node) -> str | None:
 
 
 def _too_early(node: Node) -> str | None:
-    if node.op == "call_function" and is_op(node, QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT):
+    if node.op == "call_function" and is_op(
+        node, QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME
+    ):
         return "quantize and dequantize may only appear once ranges are known"
     return None
 

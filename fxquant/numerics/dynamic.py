@@ -76,19 +76,44 @@ def quantize_rows(x: Tensor, spec: QSpec, dims: int = 1) -> tuple[Tensor, Tensor
         tensor([[  0, 255],
                 [  0, 255]], dtype=torch.uint8)
     """
+    codes, scale, zero_point = _codes(x, spec, dims, _STORAGE[spec.dtype])
+    return codes, scale, zero_point.to(torch.int32)
+
+
+def byte_rows(x: Tensor, spec: QSpec, dims: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`quantize_rows` as kernels want it: codes in uint8, zero points in float32.
+
+    Args:
+        x: as for :func:`row_qparams`; not modified.
+        spec: as for :func:`row_qparams`; signed codes and their zero points are moved up by 128.
+        dims: as for :func:`row_qparams`.
+
+    Raises:
+        QParamError: ``x`` has fewer than ``dims`` dimensions.
+
+    Example:
+        >>> symmetric = QSpec("int8", symmetric=True, granularity="row", observer="runtime")
+        >>> byte_rows(torch.tensor([[-1.0, 1.0]]), symmetric)[0]
+        tensor([[  1, 255]], dtype=torch.uint8)
+    """
+    return _codes(x, spec, dims, torch.uint8)
+
+
+def _codes(x: Tensor, spec: QSpec, dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x = _real(x)
     scale, zero_point = _float_qparams(x, spec, dims)
     steps = torch.div(x, scale)
-    dtype = _STORAGE[spec.dtype]
     if not spec.symmetric:
         # Both ends may round up, by one code together. No number lies below its row's low end,
         # and the ends of a symmetric range lie on codes: nothing else is left to clamp.
         torch.minimum(steps, spec.quant_max - zero_point, out=steps)
+    if dtype is torch.uint8 and spec.dtype == "int8":
+        zero_point.add_(128.0)
     # As in affine.quantize(): the low byte holds the code less the zero point.
     codes = steps.add_(ROUND_TO_LOW_BITS).view(torch.int32).to(dtype)
-    if not (spec.symmetric and spec.dtype == "int8"):
+    if not (spec.symmetric and dtype is torch.int8):
         codes.add_(zero_point.to(torch.int32).to(dtype))
-    return codes, scale, zero_point.to(torch.int32)
+    return codes, scale, zero_point
 
 
 def qdq_rows(x: Tensor, spec: QSpec, dims: int = 1) -> Tensor:

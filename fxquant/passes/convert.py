@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import Flow, is_join, moves_codes, wanted_int8
+from fxquant.graph.flow import Flow, is_join, moves_codes, wanted, wanted_int8
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.op_table import (
@@ -95,7 +95,10 @@ class Convert(Pass):
         cache: _Cache = {}
         for node in list(editor.graph.nodes):
             op = op_of(node)
-            if op is not None and op.kind is Kind.CONTRACT and wanted_int8(node):
+            if op is None or op.kind is not Kind.CONTRACT:
+                continue
+            # Weights are the same whether activations are quantized beforehand or at run time.
+            if wanted_int8(node) or wanted(node, "dynamic"):
                 self._weight(editor, node, op, cache)
         self._edges(editor)
         for node in [n for n in editor.graph.nodes if is_op(n, "embedding", "embedding_bag")]:

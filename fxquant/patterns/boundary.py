@@ -9,12 +9,15 @@ from fxquant.graph.op_table import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
+    RUN_TIME,
     register_boundary,
 )
 from fxquant.numerics.affine import dequantize, dequantize_weight, quantize
+from fxquant.numerics.dynamic import quantize_at_run_time
 
 register_boundary(QUANTIZE, quantize)
 register_boundary(DEQUANTIZE, dequantize)
 register_boundary(DEQUANTIZE_WEIGHT, dequantize_weight)
+register_boundary(RUN_TIME, quantize_at_run_time)
 
-__all__ = ["DEQUANTIZE", "DEQUANTIZE_WEIGHT", "QUANTIZE"]
+__all__ = ["DEQUANTIZE", "DEQUANTIZE_WEIGHT", "QUANTIZE", "RUN_TIME"]

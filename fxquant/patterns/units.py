@@ -7,6 +7,7 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import op_named, op_names
 from fxquant.graph.ops import Kind
 from fxquant.patterns.match import Match, Reject
+from fxquant.spec import QConfig
 
 ACTIVATIONS = tuple(
     name
@@ -17,11 +18,11 @@ ACTIVATIONS = tuple(
 
 
 def one_wish(match: Match) -> Reject | None:
-    """All members must be wanted in int8, or all in float: an override may split a unit."""
+    """All members must be wanted by one scheme: an override may split a unit."""
     first = info(match.root)
     for node in match.nodes[1:]:
         record = info(node)
-        if (record.config is None) != (first.config is None):
+        if _wish(record.config) != _wish(first.config):
             return Reject(
                 f"{record.configured_by} says {_wish(record.config)} for %{node.name}, "
                 f"{first.configured_by} says {_wish(first.config)} for %{match.root.name}",
@@ -30,8 +31,9 @@ def one_wish(match: Match) -> Reject | None:
     return None
 
 
-def _wish(config: object) -> str:
-    return "float" if config is None else "int8"
+def _wish(config: QConfig | None) -> str:
+    scheme = "float" if config is None else config.scheme
+    return "int8" if scheme == "static" else scheme.replace("_", "-")
 
 
 def memory_is_free(match: Match) -> Reject | None:

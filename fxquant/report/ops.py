@@ -12,13 +12,21 @@ from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.kernel_unit import KernelUnit
-from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op, module_of, op_of
+from fxquant.graph.op_table import (
+    DEQUANTIZE,
+    DEQUANTIZE_WEIGHT,
+    QUANTIZE,
+    RUN_TIME,
+    is_op,
+    module_of,
+    op_of,
+)
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, constant_values, flat_nodes, on_integers, units, what
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.record import OpRecord
 
-_BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT)
+_BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME)
 
 
 def read_ops(graph: Graph) -> tuple[OpRecord, ...]:

@@ -1,0 +1,160 @@
+"""Layers whose activations are quantized at run time, on torch's oneDNN int8 operators.
+
+The kernels know one scale and one zero point for all rows, so they are given none: 1 and 0. Of a
+row with scale ``s`` and zero point ``z`` and a weight ``w`` with scale ``t`` they return
+``t * sum(codes * w)``, and what is left is
+
+    s * (t * sum(codes * w) - z * t * sum(w)) + bias
+
+in which the integer sum is exact; two more passes over the result, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxquant.backends.x86_layers import Geometry, PostOp, X86Layer
+from fxquant.graph.info import QType
+from fxquant.numerics.dynamic import byte_rows
+from fxquant.spec import QSpec
+
+_ONEDNN: Final = torch.ops.onednn
+_PLAIN: Final = QType(1.0, 0, 0, 255, torch.uint8)
+_FLOAT: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
+
+
+class X86DynamicLinear(X86Layer):
+    """A linear layer, or several that read the same rows as one product; float in, float out.
+
+    Args:
+        weight: int8 ``[outputs, inputs]``, the layers one below the other.
+        scale: float32 ``[outputs]``.
+        bias: float32 ``[outputs]`` or ``None``.
+        spec: how rows are quantized.
+        sizes: outputs of each layer; with several, the result is a tuple of views.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        spec: QSpec,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        super().__init__(weight, scale, bias, _PLAIN, None, PostOp())
+        self.spec = spec
+        self.sizes = list(sizes) or [weight.shape[0]]
+        self.pack()
+
+    def pack(self) -> None:
+        """Reorder the weight, and add up its columns."""
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        packed = _ONEDNN.qlinear_prepack(self.weight, None)
+        self._kernel = _ONEDNN.qlinear_pointwise.default
+        self._head = (_sums(self.weight, self.weight_scale).unsqueeze(0),)
+        self._call = (1.0, 0, packed, self.weight_scale, zeros, None, *_FLOAT)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """One quantization and one product; ``x`` floating ``[..., inputs]``."""
+        outputs, inputs = self.weight.shape
+        if x.numel() == 0:
+            made = torch.zeros((*x.shape[:-1], outputs))
+            made = made if self.bias is None else made.add_(self.bias)
+        else:
+            made = self._product(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
+        return made if len(self.sizes) == 1 else made.split(self.sizes, dim=-1)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        codes, scale, zero_point = byte_rows(rows, self.spec)
+        made: Tensor = self._kernel(codes, *self._call)
+        made.addcmul_(zero_point, self._head[0], value=-1)
+        if self.bias is None:
+            return made.mul_(scale)
+        return torch.addcmul(self.bias, made, scale, out=made)
+
+    def extra_repr(self) -> str:
+        """Shapes and what is quantized, for ``print(model)``."""
+        parts = f", {len(self.sizes)} layers" if len(self.sizes) > 1 else ""
+        return f"{tuple(self.weight.shape)}{parts}, {self.spec.dtype} per {self.spec.granularity}"
+
+
+class X86DynamicConv(X86Layer):
+    """A convolution of 1, 2 or 3 dimensions; each sample is quantized by itself.
+
+    Args:
+        weight: int8 ``[outputs, inputs / groups, ...]``.
+        scale: float32 ``[outputs]``.
+        bias: float32 ``[outputs]`` or ``None``.
+        spec: how samples are quantized.
+        geometry: how it walks.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        spec: QSpec,
+        geometry: Geometry,
+    ) -> None:
+        super().__init__(weight, scale, bias, _PLAIN, None, PostOp())
+        self.spec, self.geometry = spec, geometry
+        self.pack()
+
+    def pack(self) -> None:
+        """Reorder the weight, and add up what every output channel reads."""
+        g, rank = self.geometry, self.weight.dim() - 2
+        # Padding is the zero point, which each sample has of its own: it is written out before.
+        walk = (list(g.stride), [0] * rank, list(g.dilation), g.groups)
+        packed = _ONEDNN.qconv_prepack(self.weight, self.weight_scale, 1.0, 0, *walk, None)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        self._kernel = _ONEDNN.qconv_pointwise.default
+        self._head = (_sums(self.weight, self.weight_scale).view(-1, *(1,) * rank),)
+        self._call = (1.0, 0, packed, self.weight_scale, zeros, None, *walk, *_FLOAT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` floating ``[batch, channels, ...]``, or without the batch."""
+        rank = self.weight.dim() - 2
+        if x.dim() == rank + 1:
+            made: Tensor = self.forward(x.unsqueeze(0)).squeeze(0)
+            return made
+        if x.numel() == 0:
+            return self._nothing(x)
+        codes, scale, zero_point = byte_rows(x, self.spec, rank + 1)
+        made = self._kernel(self._padded(codes, zero_point), *self._call)
+        rest = -(scale * zero_point) * self._head[0]
+        if self.bias is not None:
+            rest = rest + self.bias.view(-1, *(1,) * rank)
+        return torch.addcmul(rest, made, scale, out=made)
+
+    def _padded(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        if not any(self.geometry.padding):
+            return codes
+        sides = [n + 2 * p for n, p in zip(codes.shape[2:], self.geometry.padding, strict=True)]
+        shape = (*codes.shape[:2], *sides)
+        made = zero_point.to(torch.uint8).expand(shape).contiguous()
+        parts = zip(self.geometry.padding, codes.shape[2:], strict=True)
+        made[(slice(None), slice(None), *(slice(p, p + n) for p, n in parts))] = codes
+        return made
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """The result of an empty batch, from the shapes alone."""
+        g, convs = self.geometry, (F.conv1d, F.conv2d, F.conv3d)
+        real, weight = (t.to("meta", torch.float32) for t in (x, self.weight))
+        conv = convs[weight.dim() - 3]
+        like = conv(real, weight, None, g.stride, g.padding, g.dilation, g.groups)
+        return torch.empty(like.shape)
+
+    def extra_repr(self) -> str:
+        """Shapes and what is quantized, for ``print(model)``."""
+        return f"{tuple(self.weight.shape)}, {self.spec.dtype} per sample"
+
+
+def _sums(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.flatten(1).sum(1, dtype=torch.int32).to(torch.float32) * scale

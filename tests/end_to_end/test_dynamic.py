@@ -1,0 +1,164 @@
+"""``mode="dynamic"`` from the outside: no data, rows that stand alone, mixed with other schemes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.backends.x86 import X86
+from fxquant.errors import CalibrationError, FxQuantWarning
+
+BACKENDS = ["reference"] if X86().missing() is not None else ["reference", "x86"]
+
+
+def sqnr(found: Tensor, wanted: Tensor) -> float:
+    noise = (found - wanted).double().pow(2).mean()
+    return float((10 * torch.log10(wanted.double().pow(2).mean() / noise)).detach())
+
+
+def seeded(net: nn.Module) -> nn.Module:
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / max(p[0].numel(), 1) ** 0.5)
+    return net.eval()
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    """Attention whose query, key and value read one tensor."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.value, self.out = nn.Linear(width, 48), nn.Linear(48, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        mask = torch.zeros(1, ids.shape[1]).masked_fill(ids[:1] == 0, -1e9)
+        mixed = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), mask)
+        return self.norm(x + F.gelu(self.out(mixed)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("preset", ["dynamic", "dynamic-symmetric"])
+def test_a_linear_keeps_thirty_decibels(backend: str, preset: str) -> None:
+    net = seeded(nn.Sequential(nn.Linear(256, 256)))
+    q = fxquant.quantize(net, mode="dynamic", qconfig=preset, backend=backend)
+    x = numbers(64, 256)
+    assert sqnr(q(x), net(x)) > 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention(backend: str) -> None:
+    net, ids = seeded(Block()), torch.arange(14).view(2, 7)
+    q = fxquant.quantize(net, mode="dynamic", backend=backend)
+    assert sqnr(q(ids), net(ids)) > 30
+    ops = {op["path"]: op for op in fxquant.report(q).to_dict()["ops"]}
+    assert all(ops[name]["runs"] == "int8" for name in ("embed", "query", "key", "value", "out"))
+    assert ops["query"]["weight"] == "int8 per channel 0"
+    attention = [op for op in ops.values() if op["op"] == "scaled_dot_product_attention"]
+    assert [op["runs"] for op in attention] == ["float"]
+    kinds = [type(m).__name__ for m in q.modules()]
+    if backend == "x86":
+        assert kinds.count("X86DynamicLinear") == 2  # query, key and value are one product
+        assert ops["value"]["kernel"] == "X86DynamicLinear"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish])
+def test_what_follows_comes_after_the_scale(backend: str, act: type[nn.Module]) -> None:
+    net = seeded(nn.Sequential(nn.Linear(64, 64), act(), nn.Linear(64, 8)))
+    q = fxquant.quantize(net, mode="dynamic", backend=backend)
+    x = numbers(16, 64)
+    assert sqnr(q(x), net(x)) > 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convs_by_sample(backend: str, rank: int) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1]
+    net = nn.Sequential(conv(4, 8, 3, padding=1), norm(8), nn.ReLU(), conv(8, 8, 3, groups=4))
+    net = net.eval()
+    q = fxquant.quantize(net, mode="dynamic", backend=backend)
+    x = numbers(3, 4, *(7,) * rank) + 1
+    assert sqnr(q(x), net(x)) > 30
+    x[1] *= 100
+    assert sqnr(q(x)[0], net(x)[0]) > 30
+
+
+def test_x86_and_reference_agree() -> None:
+    if "x86" not in BACKENDS:
+        pytest.skip("no x86 backend here")
+    net, x = seeded(nn.Sequential(nn.Linear(64, 63), nn.ReLU(), nn.Linear(63, 9))), numbers(5, 64)
+    prepared = fxquant.prepare(net, mode="dynamic")
+    found, wanted = (fxquant.convert(prepared, backend=b)(x) for b in ("x86", "reference"))
+    # Where processors add pairs in 16 bits their weights have 7 bits, and the reference's 8.
+    least = 30 if X86().saturates_pairs else 100
+    assert sqnr(found, wanted) > least
+
+
+def test_modes_mix() -> None:
+    net = seeded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)))
+    data, x = [numbers(4, 3, 8, 8)], numbers(4, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxQuantWarning)
+        static = fxquant.quantize(net, data, overrides={nn.Linear: "dynamic"}, backend="reference")
+        dynamic = fxquant.quantize(
+            net, data, mode="dynamic", overrides={"0": fxquant.QConfig()}, backend="reference"
+        )
+    for q in (static, dynamic):
+        assert sqnr(q(x), net(x)) > 30
+        text = q.code
+        assert "quantize_at_run_time" in text and "dequantize" in text
+        assert [op["runs"] for op in fxquant.report(q).to_dict()["ops"] if op["weight"]] == [
+            "int8",
+            "int8",
+        ]
+    with pytest.raises(CalibrationError, match="override"):
+        fxquant.quantize(net, mode="dynamic", overrides={"0": fxquant.QConfig()})
+
+
+def test_data_is_not_needed_and_that_is_said() -> None:
+    net = seeded(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.warns(FxQuantWarning, match="needs no calibration data"):
+        fxquant.quantize(net, [numbers(4, 8)], mode="dynamic", backend="reference")
+
+
+def test_examples_give_shapes() -> None:
+    net = seeded(nn.Sequential(nn.Linear(8, 16)))
+    known = fxquant.quantize(
+        net, mode="dynamic", example_inputs=(numbers(4, 8),), backend="reference"
+    )
+    unknown = fxquant.quantize(net, mode="dynamic", backend="reference")
+    macs = [fxquant.report(q).to_dict()["ops"][0]["macs"] for q in (known, unknown)]
+    assert macs == [4 * 8 * 16, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tied_weights_copies_and_state(backend: str) -> None:
+    net = seeded(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)))
+    net[2].weight = net[0].weight  # type: ignore[union-attr]
+    before, x = copy.deepcopy(net.state_dict()), numbers(3, 32)
+    q = fxquant.quantize(net, mode="dynamic", backend=backend)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    wanted = q(x)
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(other(x), wanted)
+    with torch.inference_mode():
+        assert torch.equal(q(x), wanted)
+    assert q(x[:0]).shape == (0, 32)
+    assert torch.equal(q(x[0]), wanted[0]) or backend == "reference"
