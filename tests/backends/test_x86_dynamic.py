@@ -125,14 +125,16 @@ def test_bad_rows_are_nan_and_zero_rows_give_the_bias(bad: float) -> None:
     x[2] = 0.0
     found = layer(x)
     assert found[1].isnan().all()
-    assert torch.equal(found[2], layer.bias)
+    assert layer.bias is not None and torch.equal(found[2], layer.bias)
     assert torch.equal(found[[0, 3]], clean[[0, 3]])
 
 
 def test_stacked_layers_are_each_of_them() -> None:
     one, two = linear(24), linear(16)
-    parts = [torch.cat((a, b)) for a, b in zip(one.buffers(), two.buffers(), strict=True)]
-    both = X86DynamicLinear(*parts, ROWS, (24, 16))
+    weight, scale, bias = (
+        torch.cat(pair) for pair in zip(one.buffers(), two.buffers(), strict=True)
+    )
+    both = X86DynamicLinear(weight, scale, bias, ROWS, (24, 16))
     x = numbers(3, 5, 40)
     first, second = both(x)
     assert torch.equal(first, one(x)) and torch.equal(second, two(x))

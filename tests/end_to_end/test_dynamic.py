@@ -150,8 +150,9 @@ def test_examples_give_shapes() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tied_weights_copies_and_state(backend: str) -> None:
-    net = seeded(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)))
-    net[2].weight = net[0].weight  # type: ignore[union-attr]
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    second.weight = first.weight
+    net = seeded(nn.Sequential(first, nn.Tanh(), second))
     before, x = copy.deepcopy(net.state_dict()), numbers(3, 32)
     q = fxquant.quantize(net, mode="dynamic", backend=backend)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

@@ -22,7 +22,7 @@ class Net(nn.Module):
         return self.d(self.c(self.a(x) + self.b(x)))
 
 
-def quantized(**overrides: object) -> torch.fx.GraphModule:
+def quantized(**overrides: fxquant.QConfig | None) -> torch.fx.GraphModule:
     torch.manual_seed(0)
     return fxquant.quantize(
         Net().eval(), mode="dynamic", overrides={"d": None, **overrides}, backend="reference"
