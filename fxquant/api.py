@@ -46,7 +46,7 @@ from fxquant.report.checks import check_coverage, check_speed
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
-_MODES: Final = ("static", "dynamic")
+_MODES: Final = ("static", "dynamic", "weight_only")
 _NEED_DATA: Final = ("static",)
 """Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
@@ -89,7 +89,9 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
             or generator of batches, or a function that runs the model. Without it, inputs are
             synthesised from BatchNorm statistics, with a warning.
         mode: ``"static"``: weights and activations in int8, ranges fixed by calibration;
-            ``"dynamic"``: int8 weights, activations quantized row by row at run time, no data.
+            ``"dynamic"``: int8 weights, activations quantized row by row at run time, no data;
+            ``"weight_only"``: linears and embeddings keep their weights in 8 bits (or 4, with
+            ``qconfig="weight-only-int4"``) and compute in float, no data.
         example_inputs: one batch, used for shapes; by default the first calibration batch.
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
@@ -194,7 +196,7 @@ def prepare(
 
     Args:
         model: a float32 model.
-        mode: ``"static"`` or ``"dynamic"``.
+        mode: ``"static"``, ``"dynamic"`` or ``"weight_only"``.
         example_inputs: one batch; lets rules see shapes (linear + batch norm needs it).
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float.

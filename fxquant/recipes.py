@@ -20,6 +20,7 @@ from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
 from fxquant.passes.convert_dynamic import ConvertDynamic
 from fxquant.passes.convert_recurrent import ConvertRecurrent
+from fxquant.passes.convert_weights import ConvertWeights
 from fxquant.passes.decompose import Decompose
 from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.functionalize import Functionalize
@@ -49,6 +50,7 @@ _ABOUT: Final = {
 
 OTHER_OPS: Final[dict[Scheme, frozenset[str]]] = {
     "dynamic": frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+    "weight_only": frozenset({"linear", "embedding", "embedding_bag"}),
 }
 """Ops with an int8 form by another scheme than the static one."""
 
@@ -100,6 +102,7 @@ def convert_recipe(backend: Backend) -> Pipeline:
             ShareScales(),
             Place(backend.costs),
             ConvertRecurrent(backend.costs, backend.saturates_pairs),
+            ConvertWeights(),
             Convert(backend.saturates_pairs),
             ConvertDynamic(),
             CallKernels(),

@@ -12,12 +12,18 @@ from typing import Any, Final, Literal
 from fxquant.graph.align import NOWHERE, Alignment, Side
 from fxquant.graph.groups import Members, group_changes
 from fxquant.graph.info import QType
-from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, RUN_TIME
+from fxquant.graph.op_table import (
+    DEQUANTIZE,
+    DEQUANTIZE_STORED,
+    DEQUANTIZE_WEIGHT,
+    QUANTIZE,
+    RUN_TIME,
+)
 from fxquant.graph.state import Argument, Group, NodeState, Ref, show_argument
 
 ChangeKind = Literal["added", "removed", "fused", "replaced", "requantized", "changed"]
 
-_BOUNDARY: Final = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME)
+_BOUNDARY: Final = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, DEQUANTIZE_STORED, RUN_TIME)
 _MOST_NAMES: Final = 4
 
 

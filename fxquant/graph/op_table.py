@@ -36,6 +36,7 @@ QUANTIZE: Final = "quantize"
 DEQUANTIZE: Final = "dequantize"
 DEQUANTIZE_WEIGHT: Final = "dequantize_weight"
 RUN_TIME: Final = "quantize_at_run_time"
+DEQUANTIZE_STORED: Final = "dequantize_stored"
 
 
 _Spelled = tuple[Op, Spelling]
@@ -176,11 +177,17 @@ def register_boundary(name: str, target: Callable[..., Any]) -> None:
     _TARGETS[target] = op
 
 
+def register_module(name: str, cls: type[nn.Module]) -> None:
+    """Tell the table that a module of the floor above spells the op called ``name``."""
+    _MODULES[cls] = _NAMES[name]
+
+
 _BOUNDARY_TENSORS: Final[Mapping[str, tuple[str, ...]]] = {
     QUANTIZE: ("x",),
     DEQUANTIZE: ("q",),
     DEQUANTIZE_WEIGHT: ("q", "scale"),
     RUN_TIME: ("x",),
+    DEQUANTIZE_STORED: ("q", "scale", "zero_point"),
 }
 
 

@@ -14,6 +14,7 @@ from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.kernel_unit import KernelUnit
 from fxquant.graph.op_table import (
     DEQUANTIZE,
+    DEQUANTIZE_STORED,
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
     RUN_TIME,
@@ -24,9 +25,10 @@ from fxquant.graph.op_table import (
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, constant_values, flat_nodes, on_integers, units, what
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
+from fxquant.numerics.stored_tables import StoredParts
 from fxquant.record import OpRecord
 
-_BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME)
+_BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, DEQUANTIZE_STORED, RUN_TIME)
 
 
 def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
@@ -67,7 +69,8 @@ def _of_unit(unit: Unit) -> OpRecord:
     reads = tuple(
         _codes(edge.source)
         for edge in unit.inputs
-        if edge.source.op != "get_attr" and not is_op(edge.source, DEQUANTIZE_WEIGHT)
+        if edge.source.op != "get_attr"
+        and not is_op(edge.source, DEQUANTIZE_WEIGHT, DEQUANTIZE_STORED)
     )
     users = [user for output in reversed(unit.outputs) for user in output.users]
     writes = next((info(user).writes for user in users if is_op(user, QUANTIZE)), None)
@@ -135,6 +138,8 @@ def _codes(source: Node) -> QType | None:
 def _weight(head: Node) -> tuple[str, int]:
     """How the weight of a unit is stored, and how many elements it has."""
     for source in flat_nodes(head.args):
+        if is_op(source, DEQUANTIZE_STORED):
+            return _stored(source)
         if not is_op(source, DEQUANTIZE_WEIGHT):
             continue
         codes, scale, axis = source.args
@@ -155,9 +160,20 @@ def _weight(head: Node) -> tuple[str, int]:
         recurrent = module_of(head)
         count = sum(p.numel() for p in recurrent.parameters() if p.dtype is torch.int8)
         return "int8 per channel 0", count
+    if head.op == "call_module" and isinstance(module_of(head), StoredParts):
+        parts = module_of(head)
+        return (parts.kind, parts.elements) if isinstance(parts, StoredParts) else ("", 0)
     if head.op == "call_module":
         return ("float32" if _parameters(head) else ""), _parameters(head)
     return "", 0
+
+
+def _stored(dequantized: Node) -> tuple[str, int]:
+    codes, owner = dequantized.args[0], dequantized.graph.owning_module
+    if owner is None or not isinstance(codes, Node):
+        return "", 0
+    parts = owner.get_submodule(str(codes.target).rpartition(".")[0])
+    return (parts.kind, parts.elements) if isinstance(parts, StoredParts) else ("", 0)
 
 
 def _parameters(node: Node) -> int:
@@ -208,4 +224,6 @@ def _with_kernel(op: OpRecord, kernels: dict[str, str], backend: str) -> OpRecor
 def _kernel(node: Node) -> str:
     if node.op == "call_module" and isinstance(module_of(node), KernelUnit):
         return f"your {module_of(node).kernel_name}"
+    if any(is_op(source, DEQUANTIZE_STORED) for source in node.all_input_nodes):
+        return f"{what(node)} in float from a stored weight"
     return type(module_of(node)).__name__ if node.op == "call_module" else f"{what(node)} on codes"
