@@ -29,6 +29,8 @@ from fxquant.graph.pieces import (
     record_calls,
     users_path,
 )
+from fxquant.graph.recurrent_layers import as_called
+from fxquant.graph.user_class import UserModule, with_user_class, with_user_class_of
 from fxquant.numerics.observers import Observer, summaries
 from fxquant.passes.base import Pass
 from fxquant.passes.configure import Selector, nothing_matches, predicate
@@ -83,7 +85,7 @@ def build(
         ConfigError: an override matches nothing.
         LoweringError: nothing in the model can become int8.
     """
-    module = _build(model, args, kwargs, wishes, "")
+    module = _build(as_called(model), args, kwargs, wishes, "")
     if len(record_of(module).parts) > 1:
         _check_overrides(module, wishes)
     if not _has_work(module):
@@ -173,6 +175,11 @@ def _build_parts(
 
 def _build_part(child: nn.Module, call: Calls, wishes: Wishes, path: str) -> GraphModule:
     """A lone layer is called by a graph, so that it keeps its own path."""
+    called = as_called(child, path.rpartition(".")[2])
+    if called is not child:
+        # Its user may ask it for its sizes, and call flatten_parameters() before every run.
+        part = _build(called, call.args, call.kwargs or {}, wishes, path)
+        return with_user_class(part, child)
     if not is_layer(child) or call.kwargs:
         return _build(child, call.args, call.kwargs or {}, wishes, path)
     return _build(Alone(path.rpartition(".")[2], child), call.args, {}, wishes, path)
@@ -256,7 +263,10 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     for part in record.parts[1:]:
         if part.place and not any(part.place.startswith(f"{p.place}.") for p in record.parts[1:]
                                   if p.place and p is not part):  # fmt: skip
-            inner = lower(_submodule(prepared, part.place), backend)
+            inside = _submodule(prepared, part.place)
+            inner = lower(inside, backend)
+            if isinstance(inside, UserModule):
+                inner = with_user_class_of(inner, inside)
             _put(converted, _submodule(converted, part.place), inner)
             done.append((part.path, record_of(inner)))
     _own_tensors(converted, prepared)

@@ -7,12 +7,13 @@ sequences are: padded, packed, or a single one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.graph.op_table import module_of
+from fxquant.graph.pieces import Alone
 
 _LAYERS: Final[tuple[type[nn.RNNBase], ...]] = (nn.LSTM, nn.GRU, nn.RNN)
 UNASKED: Final = "annotate-recurrent"
@@ -32,6 +33,32 @@ def recurrent_layer(node: Node) -> nn.RNNBase | None:
         return None
     standard = next(base for base in _LAYERS if isinstance(module, base))
     return module if type(module).forward is standard.forward else None
+
+
+class Called(Alone):
+    """A model that is a recurrent layer, as one that calls it: traced, it would be no layer."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the layer's own."""
+        return self[0](input, hx)
+
+
+def as_called(model: nn.Module, name: str = "layer") -> nn.Module:
+    """``model`` itself, or what calls it where it is a recurrent layer.
+
+    Args:
+        model: any module.
+        name: what the layer is called there.
+
+    Example:
+        >>> type(as_called(nn.GRU(2, 3))).__name__, type(as_called(nn.Linear(2, 3))).__name__
+        ('Called', 'Linear')
+    """
+    if type(model) not in _LAYERS or not isinstance(model, nn.RNNBase):
+        return model
+    made = Called(name, model)
+    made.training = model.training
+    return made
 
 
 def recurrent_matrices(layer: nn.RNNBase) -> Iterator[tuple[str, Tensor | None]]:

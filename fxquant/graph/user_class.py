@@ -35,13 +35,19 @@ class UserModule(GraphModule):
         """What the user's class says; nothing where a copy was loaded without that class."""
         cls = self.__dict__.get(_CLASS)
         try:
-            return inspect.getattr_static(class_named(cls), name, None) if cls else None
+            found = inspect.getattr_static(class_named(cls), name, None) if cls else None
         except LoadError:
             return None
+        # It puts float weights into one piece of memory, and there are none.
+        return _nothing if found is nn.RNNBase.flatten_parameters else found
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = super().__reduce__()
         return _restored, (type(self).__name__, made[0], made[1])
+
+
+def _nothing(module: nn.Module) -> None:
+    """Stands for methods that have nothing to do here."""
 
 
 def _restored(

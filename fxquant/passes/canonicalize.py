@@ -190,6 +190,10 @@ def _note_number(editor: Editor, node: Node) -> None:
 def _attribute(editor: Editor, node: Node) -> None:
     """``x.shape`` is ``size(x)``, ``x.mT`` a transpose; ``x.dtype`` and the like are facts."""
     source, name = node.args[0], str(node.args[1])
+    if name == "data" and isinstance(source, Node) and info(source).held == "tensors":
+        why = "it takes a tensor out of a packed sequence"
+        editor.note_values(node, opaque=why, value=_held(node))
+        return
     for op, spelling in attribute_spellings(name):
         call = bind(op, spelling, (source,), {})
         parts = isinstance(source, Node) and info(source).value == "tensors"

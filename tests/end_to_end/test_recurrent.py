@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxquant
 from fxquant.errors import SpeedWarning
@@ -100,3 +101,48 @@ def test_state_is_carried_from_call_to_call() -> None:
         made.append(out)
     assert torch.equal(torch.cat(made), whole)
     assert all(torch.equal(a, b) for a, b in zip(state, ends, strict=True))
+
+
+class Packs(nn.Module):
+    """Sequences of their own lengths, packed; a branch on values keeps it the user's own code."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = branches
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(24, 5)
+        self.rnn = nn.GRU(32, 24, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        self.rnn.flatten_parameters()
+        x = self.first(x)
+        if self.branches and x.sum() > 1e9:
+            x = x / 2
+        start = torch.zeros(1, x.shape[0], self.rnn.hidden_size)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, _ = self.rnn(packed, start)
+        return self.last(pad_packed_sequence(out, batch_first=True)[0])
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("asked", [{nn.GRU: "dynamic"}, {}])
+def test_packed_sequences_in_graphs_and_in_pieces(branches: bool, asked: dict[Any, str]) -> None:
+    model = Packs(branches).eval()
+    x, lengths = STEPS.transpose(0, 1).contiguous(), torch.tensor([5, 12, 1])
+    q = fxquant.quantize(model, [(x, lengths)], overrides=asked)
+    row = next(row for row in fxquant.report(q).rows if row["op"] == "GRU")
+    assert row["path"] == "rnn" and (row["runs"] == "int8") is bool(asked)
+    assert decibels(model(x, lengths), q(x, lengths)) >= 25
+    assert torch.equal(copy.deepcopy(q)(x, lengths), q(x, lengths))
+    # Alone or in a batch: other lengths, another order.
+    alone = q(x[1:2], lengths[1:2])
+    assert torch.equal(alone[0], q(x, lengths)[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_may_be_the_whole_model(backend: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(32, 24, num_layers=2).eval()
+    q = fxquant.quantize(layer, [STEPS], overrides={nn.LSTM: "dynamic"}, backend=backend)
+    (out, (h, c)), (wanted, (wanted_h, wanted_c)) = q(STEPS), layer(STEPS)
+    assert all(decibels(a, b) >= 30 for a, b in ((wanted, out), (wanted_h, h), (wanted_c, c)))
