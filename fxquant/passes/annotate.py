@@ -122,7 +122,12 @@ class Annotate(Pass):
         bad = _bad_weight(op, head, config is None or config.weight is None) or _bad_values(unit)
         if bad is not None:
             return Decision(False, bad, "annotate")
-        return Decision(True, f"{op.name} has a {_SCHEMES[scheme]} form", info(head).configured_by)
+        why = f"{op.name} has a {_SCHEMES[scheme]} form"
+        if unit.custom is not None and unit.custom.kernel is not None:
+            why += (
+                f"; the kernel of pattern {unit.custom.name!r} reads codes, which mode='static' has"
+            )
+        return Decision(True, why, info(head).configured_by)
 
     def _no_form(self, op: Op, node: Node) -> str | None:
         if op.kind is Kind.SHAPE:

@@ -436,3 +436,20 @@ def test_kernels_with_optional_parts_options_and_odd_names(backend: str) -> None
     q, report = quantized(trained(net), unit, backend=backend)
     assert [op.kernel for op in report.ops] == ["your kernel"] * 4
     assert error(q, net) < 0.06
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_units_in_modes_without_codes_between_ops(mode: Any) -> None:
+    @fxquant.pattern(kernel=lambda x, layer, scale, output: None)
+    def unit(x, layer: nn.Linear, scale: float):  # type: ignore[no-untyped-def]
+        return torch.relu(layer(x) * scale)
+
+    def body(m: Any, x: Any) -> Any:
+        return m.b(torch.relu(m.a(x) * 2.0))
+
+    model, x = One(body, a=nn.Linear(64, 64), b=nn.Linear(64, 8)).eval(), torch.randn(16, 64)
+    q = fxquant.quantize(model, mode=mode, example_inputs=x, patterns=[unit], backend="reference")
+    report = fxquant.report(q)
+    assert [op.op for op in report.ops] == ["unit", "linear"]
+    assert "the kernel of pattern 'unit' reads codes" in fxquant.explain(q, "a").ops[0].why
+    assert error(q, model, x) < 0.03
