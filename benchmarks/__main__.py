@@ -13,6 +13,7 @@ NAMES = (
     "accuracy_cifar10",
     "pipeline_cost",
     "recurrent",
+    "dynamic",
     "matching",
     "lowering_agreement",
 )

@@ -47,3 +47,12 @@ def dynamic_recurrent(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")
         made: nn.Module = quantize_dynamic(model, {nn.LSTM, nn.GRU})
     return made
+
+
+def dynamic_linears(model: nn.Module, engine: str) -> nn.Module:
+    """Linears dynamically quantized by torch's own means; ``engine`` is as for static ones."""
+    torch.backends.quantized.engine = engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: nn.Module = quantize_dynamic(model, {nn.Linear})
+    return made
