@@ -15,6 +15,7 @@ from fxquant import calibration as feeding
 from fxquant.arguments import (
     Examples,
     Overrides,
+    check_float_dtypes,
     check_floats,
     check_mode,
     check_model,
@@ -42,11 +43,11 @@ from fxquant.recipes import (
     resolve_backend,
 )
 from fxquant.record import record_of
-from fxquant.report.checks import check_coverage, check_speed
+from fxquant.report.checks import check_coverage, check_half, check_speed
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 
-_MODES: Final = ("static", "dynamic", "weight_only")
+_MODES: Final = ("static", "dynamic", "weight_only", "bfloat16")
 _NEED_DATA: Final = ("static",)
 """Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
@@ -91,7 +92,8 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         mode: ``"static"``: weights and activations in int8, ranges fixed by calibration;
             ``"dynamic"``: int8 weights, activations quantized row by row at run time, no data;
             ``"weight_only"``: linears and embeddings keep their weights in 8 bits (or 4, with
-            ``qconfig="weight-only-int4"``) and compute in float, no data.
+            ``qconfig="weight-only-int4"``) and compute in float, no data;
+            ``"bfloat16"``: layers and products in bfloat16, the rest in float32, no data.
         example_inputs: one batch, used for shapes; by default the first calibration batch.
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
@@ -272,6 +274,7 @@ def convert(
         converted = with_user_class_of(lower(prepared, chosen), prepared)
         made = record_of(converted)
         check_coverage(made, min_coverage)
+        check_half(made)
         check_speed(prepared, converted, made)
     return converted
 
@@ -294,8 +297,9 @@ def _wishes(
     strict: bool,
 ) -> Wishes:
     """What the user asked for, checked."""
-    default = resolve_qconfig(qconfig, mode)
-    return Wishes(default, resolve_overrides(overrides), rules_of(patterns), strict, mode)
+    default, others = resolve_qconfig(qconfig, mode), resolve_overrides(overrides)
+    check_float_dtypes(default, *(config for _, config in others))
+    return Wishes(default, others, rules_of(patterns), strict, mode)
 
 
 def _prepare(

@@ -159,6 +159,26 @@ def check_mode(mode: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"mode is {mode!r}: this version of fxquant has {list(allowed)}")
 
 
+def check_float_dtypes(*configs: QConfig | None) -> None:
+    """Refuse float dtypes that no op would get: better than float32 without a word.
+
+    Raises:
+        ConfigError: float16, or bfloat16 between int8 ops.
+    """
+    for config in configs:
+        if config is None or config.float_dtype == "float32":
+            continue
+        if config.float_dtype == "float16":
+            raise ConfigError(
+                "float_dtype='float16' is for GPUs, and no backend here runs on one: use bfloat16"
+            )
+        if config.scheme != "float":
+            raise ConfigError(
+                "float_dtype='bfloat16' beside an int8 weight, as in 'int8-bf16', is not there "
+                "yet: leave it out, or give single ops overrides={...: 'bfloat16'}"
+            )
+
+
 def check_share(share: float | None) -> None:
     """Refuse a share outside 0 to 1.
 

@@ -17,7 +17,8 @@ from fxquant.errors import ConfigError, TraceError
 from fxquant.graph.capture import Captured, capture
 from fxquant.graph.copies import deep_copy
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import wanted
+from fxquant.graph.flow import asks_half, wanted
+from fxquant.graph.op_table import op_of
 from fxquant.graph.pieces import (
     Alone,
     Calls,
@@ -98,6 +99,9 @@ def _has_work(module: GraphModule) -> bool:
     if any(isinstance(m, Observer) for m in module.modules()):
         return True
     nodes = [n for m in module.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    calls = [node for node in nodes if node.op.startswith("call")]
+    if any(asks_half(node) and op_of(node) is not None for node in calls):
+        return True
     return any(wanted(node, scheme) for node in nodes for scheme in WITHOUT_DATA)
 
 
@@ -252,7 +256,7 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     def watch(step: Pass, editor: Editor) -> None:
         if step.name == "read-ranges":
             made.inputs = example_of(editor.module)
-        if step.name == "convert":
+        if step.name in ("convert", "cast-floats"):
             made.ops = read_ops(editor.graph)
 
     # After the summaries: the copy takes along the ranges they found.

@@ -16,6 +16,7 @@ from fxquant.passes.annotate import Annotate
 from fxquant.passes.annotate_recurrent import AnnotateRecurrent
 from fxquant.passes.call_kernels import CallKernels
 from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.cast_floats import CastFloats
 from fxquant.passes.configure import Configure, Selector
 from fxquant.passes.convert import Convert
 from fxquant.passes.convert_dynamic import ConvertDynamic
@@ -104,6 +105,7 @@ def convert_recipe(backend: Backend) -> Pipeline:
             ConvertRecurrent(backend.costs, backend.saturates_pairs),
             ConvertWeights(),
             Convert(backend.saturates_pairs),
+            CastFloats(),
             ConvertDynamic(),
             CallKernels(),
             Lower(backend.rules, backend.modules),

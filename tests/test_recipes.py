@@ -40,7 +40,7 @@ def test_convert_goes_on_where_prepare_ends() -> None:
     assert steps[-1].gives is Stage.LOWERED
     assert [step.name for step in steps] == [
         "read-ranges", "share-scales", "place", "convert-recurrent", "convert-weights", "convert",
-        "convert-dynamic", "call-kernels", "lower",
+        "cast-floats", "convert-dynamic", "call-kernels", "lower",
     ]  # fmt: skip
 
 

@@ -67,6 +67,12 @@ def wanted(node: Node, scheme: Scheme) -> bool:
     return decision is not None and decision.int8 and config is not None and config.scheme == scheme
 
 
+def asks_half(node: Node) -> bool:
+    """Whether the op was asked to stay float, and to compute in bfloat16."""
+    config = info(node).config
+    return config is not None and config.scheme == "float" and config.float_dtype == "bfloat16"
+
+
 def root_of(node: Node) -> Node:
     """The value whose codes ``node`` carries: itself, or what was moved to make it."""
     while wanted_int8(node) and moves_codes(node):

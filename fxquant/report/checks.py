@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import LoweringError, SpeedWarning, warn_user
 from fxquant.record import OpRecord, Record
-from fxquant.report.ops import coverage
+from fxquant.report.ops import coverage, runs_in
 from fxquant.report.speed import compare_speed
+
+_NATIVE: Final = ("avx512_bf16", "amx_tile")
 
 
 def size_in_bytes(module: nn.Module) -> int:
@@ -33,15 +38,28 @@ def check_coverage(record: Record, least: float | None) -> None:
     Raises:
         LoweringError: lists what stayed float, and why.
     """
-    if not any(op.int8 for op in record.ops):
+    if not any(runs_in(op) != "float" for op in record.ops):
         raise nothing_int8(record.ops)
     share = coverage(record.ops)
     if least is not None and share < least:
-        left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if not op.int8]
+        left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if runs_in(op) == "float"]
         listed = "\n".join(left[:8])
         raise LoweringError(
             f"{share:.0%} of the ops are int8, less than min_coverage={least:.0%}. "
             f"In float:\n{listed}"
+        )
+
+
+def check_half(record: Record) -> None:
+    """Say so where bfloat16 saves memory and costs time."""
+    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in _NATIVE]
+    if any(probe is not None and probe() for probe in probes):
+        return
+    if any(runs_in(op) == "bfloat16" for op in record.ops):
+        warn_user(
+            "this processor has no bfloat16 instructions (AVX512-BF16 or AMX): ops in bfloat16 "
+            "work here, take half the memory, and are slower than in float32",
+            SpeedWarning,
         )
 
 

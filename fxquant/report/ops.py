@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Final
 
 import torch
 from torch.fx import Graph, Node
@@ -28,6 +29,7 @@ from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.numerics.stored_tables import StoredParts
 from fxquant.record import OpRecord
 
+HALF: Final = "bfloat16"
 _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, DEQUANTIZE_STORED, RUN_TIME)
 
 
@@ -44,7 +46,9 @@ def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
     by_output = {
         unit.output: unit
         for unit in units(graph)
-        if unit.output not in constants and not is_op(unit.output, *_BOUNDARY)
+        if unit.output not in constants
+        and not _is_cast(unit.output)
+        and not is_op(unit.output, *_BOUNDARY)
     }
     found = []
     for node in graph.nodes:
@@ -56,6 +60,16 @@ def read_ops(graph: Graph) -> tuple[OpRecord, ...]:
         elif info(node).opaque and node.op.startswith("call_") and not is_plumbing(node):
             found.append(_of_opaque(node))
     return tuple(found)
+
+
+def _is_cast(node: Node) -> bool:
+    """Whether a pass of ours wrote this change of the float dtype."""
+    return is_op(node, "cast") and info(node).rules[-1:] == ("cast-floats",)
+
+
+def runs_in(op: OpRecord) -> str:
+    """What an op computes in: ``int8``, ``bfloat16`` or ``float``."""
+    return "int8" if op.int8 else op.kernel if op.kernel == HALF else "float"
 
 
 def _is_question(unit: Unit) -> bool:
@@ -84,7 +98,7 @@ def _of_unit(unit: Unit) -> OpRecord:
         int8=int8,
         why=decision.why if decision is not None else "nothing decided",
         by=decision.by if decision is not None else "",
-        kernel="reference" if int8 else "float",
+        kernel="reference" if int8 else HALF if _in_half(unit) else "float",
         reads=reads,
         weight=weight,
         writes=writes if int8 else None,
@@ -94,6 +108,11 @@ def _of_unit(unit: Unit) -> OpRecord:
         macs=_macs(unit.nodes),
         parts=parts,
     )
+
+
+def _in_half(unit: Unit) -> bool:
+    decision = info(unit.head).decision
+    return decision is not None and decision.by == "cast-floats"
 
 
 def _of_opaque(node: Node) -> OpRecord:
@@ -164,7 +183,8 @@ def _weight(head: Node) -> tuple[str, int]:
         parts = module_of(head)
         return (parts.kind, parts.elements) if isinstance(parts, StoredParts) else ("", 0)
     if head.op == "call_module":
-        return ("float32" if _parameters(head) else ""), _parameters(head)
+        kinds = dict.fromkeys(str(p.dtype)[6:] for p in module_of(head).parameters())
+        return ", ".join(kinds), _parameters(head)
     return "", 0
 
 
@@ -183,8 +203,8 @@ def _parameters(node: Node) -> int:
 
 
 def coverage(ops: tuple[OpRecord, ...]) -> float:
-    """The share of ops that run in int8, 0 to 1; a fused unit counts once."""
-    return sum(op.int8 for op in ops) / len(ops) if ops else 0.0
+    """The share of ops that run in int8 or bfloat16, 0 to 1; a fused unit counts once."""
+    return sum(runs_in(op) != "float" for op in ops) / len(ops) if ops else 0.0
 
 
 def mac_coverage(ops: tuple[OpRecord, ...]) -> float:

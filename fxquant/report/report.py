@@ -9,7 +9,7 @@ import torch
 from fxquant.graph.info import QType
 from fxquant.graph.text import shown
 from fxquant.record import OpRecord, Record
-from fxquant.report.ops import coverage, mac_coverage
+from fxquant.report.ops import HALF, coverage, mac_coverage, runs_in
 from fxquant.report.tables import table
 
 _COLUMNS: Final = (
@@ -126,7 +126,10 @@ class Report:
         if not self.ops:
             return ["nothing is converted yet: calibrate the model and call convert()"]
         int8 = sum(op.int8 for op in self.ops)
-        lines = [f"int8: {int8} of {len(self.ops)} ops ({self.coverage:.1%})"]
+        half = sum(runs_in(op) == HALF for op in self.ops)
+        lines = [f"int8: {int8} of {len(self.ops)} ops ({int8 / len(self.ops):.1%})"]
+        if half:
+            lines[0] = f"{HALF}: {half} of {len(self.ops)} ops, {lines[0]}"
         weights = sum(op.weights for op in self.ops)
         if weights:
             lines[0] += f", {self.weight_coverage:.1%} of {weights} weight elements"
@@ -191,7 +194,7 @@ def _cells(op: OpRecord) -> tuple[str, ...]:
     return (
         op.path,
         op.op,
-        "int8" if op.int8 else "float",
+        runs_in(op),
         "?" if op.macs is None else str(op.macs or ""),
         ", ".join(_dtype(qtype) for qtype in op.reads),
         op.weight,
@@ -199,7 +202,7 @@ def _cells(op: OpRecord) -> tuple[str, ...]:
         "" if writes is None else f"{writes.scale:.6g}",
         "" if writes is None else str(writes.zero_point),
         op.kernel,
-        "" if op.int8 else op.why,
+        op.why if runs_in(op) == "float" else "",
     )
 
 
@@ -207,7 +210,7 @@ def _row(op: OpRecord) -> dict[str, Any]:
     return {
         "path": op.path,
         "op": op.op,
-        "runs": "int8" if op.int8 else "float",
+        "runs": runs_in(op),
         "why": op.why,
         "by": op.by,
         "kernel": op.kernel,
