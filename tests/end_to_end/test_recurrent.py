@@ -146,3 +146,15 @@ def test_a_layer_may_be_the_whole_model(backend: str) -> None:
     q = fxquant.quantize(layer, [STEPS], overrides={nn.LSTM: "dynamic"}, backend=backend)
     (out, (h, c)), (wanted, (wanted_h, wanted_c)) = q(STEPS), layer(STEPS)
     assert all(decibels(a, b) >= 30 for a, b in ((wanted, out), (wanted_h, h), (wanted_c, c)))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("preset", ["dynamic", "dynamic-symmetric"])
+def test_dynamic_mode_needs_no_data_and_takes_layers_of_any_size(kind: str, preset: str) -> None:
+    model = tagger(kind)
+    q = fxquant.quantize(model, mode="dynamic", qconfig=preset, example_inputs=(STEPS,))
+    row = next(row for row in fxquant.report(q).rows if row["op"] == kind)
+    assert row["runs"] == "int8" and row["macs"]
+    whole = q(STEPS)[0]
+    assert decibels(model(STEPS)[0], whole) >= 30
+    assert torch.equal(q(STEPS[:, 1:2])[0], whole[:, 1:2])
