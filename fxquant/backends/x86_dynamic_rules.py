@@ -19,7 +19,7 @@ from fxquant.backends.x86_dynamic import X86DynamicConv, X86DynamicLinear
 from fxquant.backends.x86_layer_rules import geometry_of, is_container, tensors_of
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, is_op, op_named
+from fxquant.graph.op_table import argument, is_op, op_named, op_of
 from fxquant.numerics.dynamic import runtime_spec
 from fxquant.patterns.boundary import DEQUANTIZE_WEIGHT, RUN_TIME
 from fxquant.patterns.expr import OpExpr, op, var
@@ -80,16 +80,17 @@ def _lower_conv(match: Match, editor: Editor) -> None:
 
 def _lower_linear(match: Match, editor: Editor) -> None:
     rows = match.node("rows")
-    readers = [user for user in rows.users if _is_dynamic_linear(user)]
-    layers = [node for node in editor.graph.nodes if node in readers]
+    shared = [user for user in rows.users if _is_dynamic_linear(user) and _may_be_view(user)]
+    together = [node for node in editor.graph.nodes if node in shared]
+    layers = together if match.root in shared else [match.root]
     module = _stacked([tensors_of(layer, editor) for layer in layers], _spec(rows))
     if len(layers) == 1:
         made = _call(editor, module, rows, layers)
         editor.replace(match.root, made, *match.nodes[1:])
         return
-    together = _call(editor, module, rows, layers, "tensors")
+    made = _call(editor, module, rows, layers, "tensors")
     for place, layer in enumerate(layers):
-        part = editor.call(op_named("getitem"), (together, place), like=layer, before=layer)
+        part = editor.call(op_named("getitem"), (made, place), like=layer, before=layer)
         editor.annotate(
             part,
             value="tensor",
@@ -106,6 +107,11 @@ def _is_dynamic_linear(node: Node) -> bool:
         and is_op(node, "linear")
         and is_op(node.args[1], DEQUANTIZE_WEIGHT)
     )
+
+
+def _may_be_view(node: Node) -> bool:
+    """Parts of a wide product lie apart in memory, which ops take and a user's code may not."""
+    return all(op_of(user) is not None for user in node.users)
 
 
 def _stacked(parts: list[tuple[Tensor, Tensor, Tensor | None]], spec: QSpec) -> X86DynamicLinear:

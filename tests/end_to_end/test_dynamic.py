@@ -163,3 +163,18 @@ def test_tied_weights_copies_and_state(backend: str) -> None:
         assert torch.equal(q(x), wanted)
     assert q(x[:0]).shape == (0, 32)
     assert torch.equal(q(x[0]), wanted[0]) or backend == "reference"
+
+
+def test_what_leaves_the_model_lies_together_in_memory() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x) * self.c(x)
+
+    net, x = seeded(Net()), numbers(3, 8)
+    q = fxquant.quantize(net, mode="dynamic")
+    assert all(part.is_contiguous() for part in q(x))
+    assert sqnr(q(x)[0], net(x)[0]) > 30 and sqnr(q(x)[1], net(x)[1]) > 25
