@@ -14,6 +14,7 @@ NAMES = (
     "pipeline_cost",
     "recurrent",
     "dynamic",
+    "weight_only",
     "matching",
     "lowering_agreement",
 )
