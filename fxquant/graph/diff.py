@@ -12,7 +12,7 @@ from typing import Any, Final
 from fxquant.graph.align import align, side_of
 from fxquant.graph.changes import ChangeKind, NodeChange, describe
 from fxquant.graph.state import GraphState, NodeState, graph_state
-from fxquant.graph.text import shown
+from fxquant.graph.text import shown, shown_in_markdown
 
 __all__ = [
     "ChangeKind",
@@ -85,6 +85,11 @@ class GraphDiff:
         count = Counter(change.kind for change in self.changes)
         return ", ".join(f"{count[kind]} {kind}" for kind in _SYMBOLS if count[kind]) + f"; {kept}"
 
+    def to_markdown(self) -> str:
+        """The diff as a list in Markdown, one item a change; names show as text."""
+        items = [_item(change) for change in self.changes]
+        return "\n".join([*items, *([""] if items else []), self.summary])
+
     def to_dict(self) -> dict[str, Any]:
         """The diff in plain types that JSON can hold."""
         return {
@@ -144,13 +149,21 @@ def _plain(node: NodeState) -> dict[str, Any]:
 
 
 def _text(change: NodeChange) -> str:
-    if change.before and change.after and change.kind in ("fused", "replaced"):
-        what = f"{_sum(change.before)} -> {_sum(change.after)}"
-    else:
-        what = (change.after or change.before)[-1].line  # constants stand before their reader
     path = shown(change.path, _PATH) or "(no path)"
-    head = f"{_SYMBOLS[change.kind]} {change.kind} {path}: {shown(what, _LINE)}"
+    head = f"{_SYMBOLS[change.kind]} {change.kind} {path}: {shown(_what(change), _LINE)}"
     return f"{head}\n    {shown(change.detail, _LINE)}" if change.detail else head
+
+
+def _item(change: NodeChange) -> str:
+    path = shown_in_markdown(change.path, _PATH) or "(no path)"
+    head = f"- **{change.kind}** {path}: {shown_in_markdown(_what(change), _LINE)}"
+    return f"{head}; {shown_in_markdown(change.detail, _LINE)}" if change.detail else head
+
+
+def _what(change: NodeChange) -> str:
+    if change.before and change.after and change.kind in ("fused", "replaced"):
+        return f"{_sum(change.before)} -> {_sum(change.after)}"
+    return (change.after or change.before)[-1].line  # constants stand before their reader
 
 
 def _sum(nodes: tuple[NodeState, ...]) -> str:

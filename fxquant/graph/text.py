@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Final
 
@@ -31,6 +32,25 @@ def shown(text: str, limit: int | None = None) -> str:
         head = (limit - 3) // 2
         return f"{text[:head]}...{text[len(text) - (limit - 3 - head) :]}"
     return text
+
+
+_MARKUP: Final = re.compile(r"[\\`*_\[\]|~#]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_ENTITIES: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def shown_in_markdown(text: str, limit: int | None = None) -> str:
+    r"""``text`` as one line of Markdown that shows it and nothing else, in cells of tables too.
+
+    Args:
+        text: anything.
+        limit: at most this many characters shown; the middle of longer text gives way to ``...``.
+
+    Example:
+        >>> print(shown_in_markdown("a|b <img> *c*"))
+        a\|b &lt;img&gt; \*c\*
+    """
+    marked = _MARKUP.sub(lambda found: f"\\{found[0]}", shown(text, limit))
+    return marked.translate(_ENTITIES)
 
 
 def _safe(character: str) -> str:

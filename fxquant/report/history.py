@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from fxquant.errors import ConfigError
 from fxquant.graph.diff import GraphDiff, diff_states
+from fxquant.graph.edit import Edit
 from fxquant.record import Record, Snapshot
-from fxquant.report.tables import table
+from fxquant.report.tables import markdown_table, table
 
 _COLUMNS: Final = ("pass", "stage", "nodes", "edits", "rules", "ms")
+_NUMBERS: Final = ("nodes", "edits", "ms")
 _CELL: Final = 120
 """Characters of the longest cell: all rules of a pass stand in one."""
 
@@ -106,8 +108,45 @@ class History:
             if rule is None or miss[0] == rule
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The passes in plain types that JSON can hold; the keys are stable.
+
+        ``graph`` is the canonical text of the graph that a pass left, ``None`` where it left the
+        graph as it was.
+        """
+        passes = []
+        last = None
+        for snapshot in self._snapshots:
+            passes.append(
+                {
+                    "name": snapshot.name,
+                    "stage": snapshot.stage.name.lower(),
+                    "seconds": snapshot.seconds,
+                    "nodes": len(snapshot.state.nodes),
+                    "edits": [_edit(edit) for edit in snapshot.edits],
+                    "near": [
+                        {"rule": rule, "path": path, "why": why}
+                        for rule, path, why in snapshot.near
+                    ],
+                    "graph": None if snapshot.state is last else snapshot.state.text,
+                }
+            )
+            last = snapshot.state
+        return {"passes": passes}
+
+    def to_markdown(self) -> str:
+        """The passes as a table in GitHub's Markdown."""
+        return markdown_table(_COLUMNS, self._rows(), right=_NUMBERS, limit=_CELL)
+
     def __str__(self) -> str:
-        rows = [
+        lines = [table(_COLUMNS, self._rows(), right=_NUMBERS, limit=_CELL)]
+        misses = len(self.near())
+        if misses:
+            lines.append(f"\n{misses} near misses of rules: see .near()")
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        return [
             (
                 snapshot.name,
                 snapshot.stage.name.lower(),
@@ -118,11 +157,6 @@ class History:
             )
             for snapshot in self._snapshots
         ]
-        lines = [table(_COLUMNS, rows, right=("nodes", "edits", "ms"), limit=_CELL)]
-        misses = len(self.near())
-        if misses:
-            lines.append(f"\n{misses} near misses of rules: see .near()")
-        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"History({', '.join(self.names)})"
@@ -131,3 +165,16 @@ class History:
 def _rules(snapshot: Snapshot) -> str:
     fired = Counter(edit.rule for edit in snapshot.edits)
     return ", ".join(f"{rule} {count}" for rule, count in fired.items())
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    return {
+        "rule": edit.rule,
+        "line": edit.line,
+        "path": edit.path,
+        "removed": list(edit.removed),
+        "added": list(edit.added),
+        "changed": list(edit.changed),
+        "origins": list(edit.origins),
+        "note": edit.note,
+    }
