@@ -58,7 +58,8 @@ def check_half(record: Record) -> None:
     if any(runs_in(op) == "bfloat16" for op in record.ops):
         warn_user(
             "this processor has no bfloat16 instructions (AVX512-BF16 or AMX): ops in bfloat16 "
-            "work here, take half the memory, and are slower than in float32",
+            "work here and take half the memory, but for more than a few rows at once they are "
+            "slower than in float32",
             SpeedWarning,
         )
 
