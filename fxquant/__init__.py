@@ -9,7 +9,7 @@ True
 
 from fxquant.api import backends, calibrate, convert, prepare, quantize
 from fxquant.custom.pattern import Pattern, pattern
-from fxquant.report.api import diff, explain, history, report
+from fxquant.report.api import compare, diff, explain, history, report
 from fxquant.spec import QConfig, QSpec
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "QSpec",
     "backends",
     "calibrate",
+    "compare",
     "convert",
     "diff",
     "explain",

@@ -118,15 +118,16 @@ def align(a: Side, b: Side) -> Alignment:
     """Find the partner of every node that has one."""
     found = _Partners(a, b)
     shared = _shared_origins(a.nodes, b.nodes)
-    origins = (_own_origins(a.nodes, shared), _own_origins(b.nodes, shared))
-    by_origin = _kin_by_origin(*origins)
+    own_a = own_origins([node.origins for node in a.nodes], shared)
+    own_b = own_origins([node.origins for node in b.nodes], shared)
+    by_origin = _kin_by_origin(own_a, own_b)
     found.search(by_origin)
     by_path = _kin_by_path(a.nodes, b.nodes, by_origin)
     found.search(by_path)
     rest = Kin(_outside(by_origin.a, by_path.a), _outside(by_origin.b, by_path.b))
     found.search(rest, in_order=False)
     found.spread(rest, _any)
-    return Alignment(found.to_b, found.to_a, (by_origin, by_path), origins)
+    return Alignment(found.to_b, found.to_a, (by_origin, by_path), (own_a, own_b))
 
 
 def _outside(*families: list[int]) -> list[int]:
@@ -158,14 +159,18 @@ def _paths_by_origin(nodes: Sequence[NodeState]) -> dict[str, set[str]]:
     return paths
 
 
-def _own_origins(nodes: Sequence[NodeState], shared: frozenset[str]) -> list[frozenset[str]]:
+def own_origins(nodes: Sequence[Sequence[str]], shared: frozenset[str]) -> list[frozenset[str]]:
     """Origins of each node, without those that it only has from what it reads.
 
     A fused op takes in the conversion of its input, and with it the origins of what makes that
     input. So an origin belongs to the first node that has it, and to those that have no origin
     which that node has not.
+
+    Args:
+        nodes: origins of the nodes, in graph order.
+        shared: the origins that count.
     """
-    sets = [frozenset(node.origins) for node in nodes]
+    sets = [frozenset(origins) for origins in nodes]
     first: dict[str, frozenset[str]] = {}
     for origins in sets:
         for origin in origins:

@@ -1,6 +1,9 @@
-"""What users call: report, explain, history and diff of models."""
+"""What users call: report, explain, history, diff and compare of models."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +12,10 @@ from torch.fx import GraphModule
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
 from fxquant.graph.diff import GraphDiff, GraphState, diff_states, graph_state
+from fxquant.graph.settle import uncompiled
 from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
+from fxquant.report.compare import Comparison, compare_models
 from fxquant.report.explain import Explainer, Explanation
 from fxquant.report.history import History
 from fxquant.report.report import Report
@@ -103,6 +108,46 @@ def diff(a: Comparable, b: Comparable | None = None) -> GraphDiff:
         )
     snapshots = record_of(_model(a, "diff")).snapshots
     return diff_states(snapshots[0].state, snapshots[-1].state)
+
+
+def compare(
+    model: nn.Module,
+    quantized: nn.Module,
+    data: Any,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+) -> Comparison:
+    """How far each op of a quantized model is from float, and which ops the output's error is of.
+
+    In one pass over the data: for every op the SQNR, cosine and largest error of its result, with
+    all errors before it and by itself; the SQNR of its weight; and its share of the error of the
+    output, to first order, by one backward pass a batch through the float model. Only sums are
+    kept from one batch to the next; a batch needs about the memory of three training steps.
+
+    Args:
+        model: the float model that ``quantized`` was made from; it is never changed.
+        quantized: what ``quantize`` or ``convert`` returned, in any mode, for any backend.
+        data: a DataLoader, or an iterable or generator of batches, as for ``calibrate``.
+        transform: turns an item of ``data`` into what the model is fed.
+        max_batches: how many batches to use.
+
+    Raises:
+        ConfigError: ``quantized`` was not made from ``model``, or is not converted.
+        CalibrationError: no batch, or a batch that does not fit.
+
+    Example:
+        >>> import torch, fxquant.api
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
+        >>> batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+        >>> q = fxquant.api.quantize(net, batches, backend="reference")
+        >>> compare(net, q, batches).worst(1)[0].op
+        'linear+relu'
+    """
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return compare_models(
+            uncompiled(model), quantized, data, transform=transform, max_batches=max_batches
+        )
 
 
 def _model(given: object, name: str) -> nn.Module:

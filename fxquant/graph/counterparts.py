@@ -1,0 +1,92 @@
+"""Which values of a rewritten graph stand for which values of the captured one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from fxquant.graph.align import own_origins
+from fxquant.graph.info import QType, info
+from fxquant.graph.op_table import DEQUANTIZE, is_op
+
+_SAME_VALUE = (DEQUANTIZE, "cast", "clone", "contiguous")
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """One value of the captured graph, and what stands for it.
+
+    Args:
+        real: the captured node.
+        node: the node whose value stands for it: codes, where ``qtype`` is not ``None``.
+        qtype: the type of the codes.
+    """
+
+    real: Node
+    node: Node
+    qtype: QType | None
+
+
+def last_origins(groups: Collection[tuple[str, ...]], captured: Graph) -> list[Node | None]:
+    """For each group of origins the captured node that makes its result.
+
+    A result is claimed once, by the last group that has it; the others get ``None``.
+
+    Args:
+        groups: origins of ops, in graph order.
+        captured: the captured graph.
+    """
+    made: dict[str, Node] = {}
+    place: dict[Node, int] = {}
+    for index, node in enumerate(captured.nodes):
+        place[node] = index
+        for origin in info(node).origins:
+            made[origin] = node
+    found: list[Node | None] = []
+    claimed: dict[Node, int] = {}
+    for index, origins in enumerate(groups):
+        nodes = [made[origin] for origin in origins if origin in made]
+        last = max(nodes, key=place.__getitem__, default=None)
+        if last is not None and last in claimed:
+            found[claimed[last]] = None
+        if last is not None:
+            claimed[last] = index
+        found.append(last)
+    return found
+
+
+def counterparts(captured: Graph, made: Graph, results: Collection[Node]) -> Iterator[Counterpart]:
+    """What stands in ``made`` for the values of ``results``, where something does.
+
+    Args:
+        captured: the captured graph.
+        made: what passes made of it.
+        results: nodes of ``captured``.
+    """
+    nodes = list(made.nodes)
+    known = frozenset(origin for node in captured.nodes for origin in info(node).origins)
+    owned = own_origins([info(node).origins for node in nodes], known)
+    having: dict[str, list[Node]] = {}
+    for node, origins in zip(nodes, owned, strict=True):
+        if node.op in ("get_attr", "output") or info(node).value in ("scalar", "sizes"):
+            continue
+        for origin in origins:
+            having.setdefault(origin, []).append(node)
+    for real in results:
+        if info(real).pinned:
+            continue  # its memory is written later: a copy of it would miss that
+        known_as = [name for name in info(real).origins if name in having]
+        if known_as:
+            yield _settled(real, having[known_as[0]])
+
+
+def _settled(real: Node, having: list[Node]) -> Counterpart:
+    node = having[-1]
+    while is_op(node, *_SAME_VALUE) and node.args and node.args[0] in having:
+        source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        node = source
+    return Counterpart(real, node, info(node).writes)

@@ -1,0 +1,105 @@
+"""Weights of a quantized model against those of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.info import info
+from fxquant.graph.op_table import DEQUANTIZE_WEIGHT, is_op, module_of
+from fxquant.numerics.agreement import weight_sqnr
+from fxquant.numerics.stored_tables import StoredParts
+
+
+def weight_agreement(
+    origins: Collection[str], captured: GraphModule, made: GraphModule
+) -> float | None:
+    """The SQNR of the weight of one op in decibels, up to a factor for each output channel.
+
+    Args:
+        origins: names of the captured nodes that the op comes from.
+        captured: the float model's graph.
+        made: the quantized model's graph.
+
+    Returns:
+        ``None`` where either has no weight, or several, or weights of different shapes.
+    """
+    float_nodes = [n for n in captured.graph.nodes if n.name in origins]
+    real = [w for node in float_nodes for w in _float_weights(node, captured)]
+    nodes = [n for n in made.graph.nodes if set(info(n).origins) & set(origins)]
+    stored = [w for node in nodes for w in _stored_weights(node)]
+    if len(real) != 1 or len(stored) != 1 or real[0].numel() != stored[0].numel():
+        return None
+    a, b = real[0], stored[0]
+    transposed = any(_is_transposed(node) for node in float_nodes)
+    if transposed:
+        return weight_sqnr(a.transpose(0, 1), b.reshape(a.shape).transpose(0, 1))
+    # Of a matrix product the weight stands as [in, out]; a square one does not tell by its shape.
+    turned = [a, a.T] if a.dim() == 2 and b.dim() == 2 else [a]
+    same = [weight_sqnr(w, b.reshape(w.shape)) for w in turned if w.shape[0] == b.shape[0]]
+    return max(same, default=None)
+
+
+def _is_transposed(node: Node) -> bool:
+    module = module_of(node) if node.op == "call_module" else None
+    return isinstance(module, nn.modules.conv._ConvTransposeNd)
+
+
+def _float_weights(node: Node, module: GraphModule) -> Iterator[Tensor]:
+    """Weights of two dimensions or more that a captured node computes with."""
+    if node.op == "call_module":
+        found = getattr(module_of(node), "weight", None)
+        if isinstance(found, Tensor) and found.dim() > 1:
+            yield found
+        return
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            path, _, leaf = str(source.target).rpartition(".")
+            held = getattr(module.get_submodule(path), leaf)
+            if isinstance(held, nn.Parameter) and held.dim() > 1:
+                yield held
+
+
+def _stored_weights(node: Node) -> Iterator[Tensor]:
+    """Weights that a node of a converted graph computes with, as float."""
+    if is_op(node, DEQUANTIZE_WEIGHT):
+        codes, scale, axis = node.args
+        if isinstance(codes, Node) and isinstance(scale, Node):
+            yield _scaled(_held(codes), _held(scale), axis if isinstance(axis, int) else 0)
+        return
+    if node.op != "call_module":
+        return
+    module = module_of(node)
+    if isinstance(module, StoredParts):
+        rows = module.get_parameter("weight").shape[0]
+        yield module.real_rows(torch.arange(rows, device=module.get_parameter("weight").device))
+        return
+    weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return
+    if weight.is_floating_point():
+        yield weight
+    elif isinstance(scale, Tensor):
+        yield _scaled(weight, scale, 0)
+
+
+def _held(node: Node) -> Tensor:
+    owner = node.graph.owning_module
+    assert owner is not None
+    path, _, leaf = str(node.target).rpartition(".")
+    found: Tensor = getattr(owner.get_submodule(path), leaf)
+    return found
+
+
+def _scaled(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Codes times their scale; a scale that fits no axis is left to the factor of each channel."""
+    if scale.numel() == 1:
+        return codes.float() * scale.reshape(())
+    if codes.shape[axis] != scale.numel():
+        return codes.float()
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    return codes.float() * scale.reshape(shape)
