@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
@@ -121,7 +121,8 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     resolve_backend(backend)
     check_share(min_coverage)
     check_mode(mode, _MODES)
-    wishes = _wishes(mode, qconfig, overrides, patterns, strict)
+    # The prepared model lives no longer than this call: it need not own a copy of the weights.
+    wishes = replace(_wishes(mode, qconfig, overrides, patterns, strict), borrow=True)
     model = unwrapped(model)
     check_model(model)
     feed = _Feed(calibration, transform, max_batches, progress)

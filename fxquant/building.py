@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.arguments import ranks
@@ -59,6 +60,7 @@ class Wishes:
         patterns: fusion rules beside the built-in ones.
         strict: raise where a module would have to stay the user's own code.
         mode: the mode the model is made in.
+        borrow: let the prepared model read the user's own parameters: nobody else will see it.
         matched: the places of the overrides that matched something so far.
     """
 
@@ -67,6 +69,7 @@ class Wishes:
     patterns: tuple[Rule, ...] = ()
     strict: bool = False
     mode: Mode = "static"
+    borrow: bool = False
     matched: set[int] = field(default_factory=set)
 
 
@@ -109,7 +112,11 @@ def _build(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wishes: Wishes, path: str
 ) -> GraphModule:
     start = time.perf_counter()
-    captured = capture(model, args, kwargs, evaluate=True, strict=wishes.strict)
+    # A pattern's own kernel may do to a layer what it likes.
+    borrow = wishes.borrow and not wishes.patterns
+    captured = capture(
+        model, args, kwargs, evaluate=True, strict=wishes.strict, borrow=borrow and not path
+    )
     module = captured.module
     if path:
         prefix_paths(module, path, None if is_alone(model) else type(model))
@@ -313,12 +320,24 @@ def _working_copy(prepared: GraphModule) -> GraphModule:
 
 def _own_tensors(converted: GraphModule, prepared: GraphModule) -> None:
     """Give what stayed float memory of its own, frozen parameters and plain buffers included."""
-    shared = {id(tensor) for tensor in (*prepared.parameters(), *prepared.buffers())}
+    held = (*prepared.parameters(), *prepared.buffers())
+    shared, places = {id(tensor) for tensor in held}, {_place(tensor) for tensor in held}
     own: dict[int, Any] = {}
     for module in converted.modules():
         registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for registry in registries:
             for name, tensor in registry.items():
-                if id(tensor) in shared:
+                if tensor is None:
+                    continue
+                if id(tensor) in shared or (_place(tensor) and _place(tensor) in places):
                     # One memo for all: what was one tensor twice still is.
                     registry[name] = copy.deepcopy(tensor, own)
+        if isinstance(module, nn.RNNBase):
+            # It keeps its weights in a list beside.
+            names = module._flat_weights_names
+            module._flat_weights = [getattr(module, name, None) for name in names]
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its memory begins; 0 for what has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

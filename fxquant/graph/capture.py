@@ -25,6 +25,7 @@ from fxquant.graph.info import info
 from fxquant.graph.patches import patched
 from fxquant.graph.pieces import WHOLE, whole_graph
 from fxquant.graph.proxies import ValueDependentError
+from fxquant.graph.read_only import ReadOnly, WriteError, borrowed, give_back
 from fxquant.graph.settle import settle
 from fxquant.graph.signature import Binding, bind_example
 from fxquant.graph.tracer import Retracer, Tracer, user_line
@@ -79,6 +80,7 @@ def capture(
     *,
     evaluate: bool = False,
     strict: bool = False,
+    borrow: bool = False,
 ) -> Captured:
     """Turn ``model`` into a graph module: the ladder of ways, the first that works.
 
@@ -91,6 +93,8 @@ def capture(
         kwargs: keyword example inputs.
         evaluate: whether the copy is put in eval mode first.
         strict: raise where a module would have to stay the user's own code.
+        borrow: let the graph hold the very memory of the model's parameters where nothing writes
+            to it, for a graph that does not outlive the call it is made in.
 
     Raises:
         TraceError: the model cannot be traced, and there is no example, or ``strict``; the message
@@ -102,6 +106,10 @@ def capture(
     """
     binding = bind_example(model, args, kwargs or {})
     climb = _Climb(model, args, kwargs or {}, binding, evaluate)
+    twins = borrowed(model) if borrow else {}
+    if twins:
+        with contextlib.suppress(WriteError):
+            return climb.run(strict, twins)
     return climb.run(strict)
 
 
@@ -122,12 +130,25 @@ class _Climb:
         self._evaluate = evaluate
         self._leaves: dict[str, str] = {}
 
-    def run(self, strict: bool) -> Captured:
-        """Trace; each failure makes one more module a leaf."""
+    def run(self, strict: bool, twins: dict[int, nn.Parameter] | None = None) -> Captured:
+        """Trace; each failure makes one more module a leaf.
+
+        Args:
+            strict: raise instead.
+            twins: parameters that a graph of the whole model may borrow.
+
+        Raises:
+            WriteError: it would write to them.
+        """
         while True:
             tracer = Tracer(self._binding, capture.__code__, frozenset(self._leaves))
+            lent = {} if self._leaves or not twins else twins
             try:
-                module = trace(self._copy(), self._binding, tracer, type(self._model).__name__)
+                with ReadOnly(lent) if lent else contextlib.nullcontext():
+                    root = self._copy(lent)
+                    module = trace(root, self._binding, tracer, type(self._model).__name__)
+            except WriteError:
+                raise
             # Anything may go wrong inside a user's forward that is fed proxies; all of it means
             # the same to them: this model, at this line, cannot be traced.
             except Exception as error:  # noqa: BLE001 - user code under proxies, see above
@@ -135,6 +156,7 @@ class _Climb:
                 if done is not None:
                     return done
                 continue
+            give_back(module, lent)
             return self._captured(module, PIECES if self._leaves else SYMBOLIC)
 
     def _captured(self, module: fx.GraphModule, rung: str) -> Captured:
@@ -162,8 +184,8 @@ class _Climb:
         self._leaves[where] = _line(error)
         return None
 
-    def _copy(self) -> nn.Module:
-        root = copied(self._model)
+    def _copy(self, twins: dict[int, nn.Parameter] | None = None) -> nn.Module:
+        root = copied(self._model, twins)
         return root.eval() if self._evaluate else root
 
     def _export(self) -> fx.GraphModule | None:
@@ -260,11 +282,17 @@ def _left_as_found(root: nn.Module, binding: Binding) -> Generator[None]:
                 buffer.copy_(value)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; computed tensors that a module keeps are copied without their history."""
+def copied(model: nn.Module, twins: dict[int, nn.Parameter] | None = None) -> nn.Module:
+    """A deep copy; computed tensors that a module keeps are copied without their history.
+
+    Args:
+        model: the user's model.
+        twins: what stands in the copy for some of its parameters, by their ids.
+    """
     kept = [value for module in model.modules() for value in vars(module).values()]
     computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
-    made = deep_copy(model, {id(value): value.detach().clone() for value in computed})
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    made = deep_copy(model, memo | (twins or {}))
     settle_activations(model, made)
     return made
 

@@ -35,6 +35,9 @@ __all__ = [
 # half to even and leaves the integer in the low bits; the extra 2**22 keeps negatives in range.
 ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
 
+_AT_ONCE: Final = 2**16
+"""How many weights are quantized together."""
+
 
 def quantize(
     x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
@@ -138,11 +141,16 @@ def quantize_weight(w: Tensor, qparams: QParams) -> Tensor:
     low, high, dtype = qparams.quant_min, qparams.quant_max, qparams.dtype
     if qparams.axis is None:
         return quantize(w, qparams.scale_value, qparams.zero_point_value, low, high, dtype)
-    w = w.detach()
-    wide = w if w.dtype in (torch.float32, torch.float64) else w.to(torch.float32)
-    steps = wide / _along(qparams.scale, w, qparams.axis)
-    codes = steps.round_().add_(_along(qparams.zero_point, w, qparams.axis)).clamp_(low, high)
-    return codes.to(torch.int32).to(dtype)
+    w, axis = w.detach(), qparams.axis
+    scale, zero_point = (_along(each, w, axis) for each in (qparams.scale, qparams.zero_point))
+    # Some channels at a time: between float and codes lie two tensors of the weight's own size.
+    size = max(1, w.shape[axis] * _AT_ONCE // max(1, w.numel()))
+    made = torch.empty_like(w, dtype=dtype)
+    whole = (w, scale, zero_point, made)
+    for part, s, z, codes in zip(*(each.split(size, axis) for each in whole), strict=True):
+        wide = part if part.dtype in (torch.float32, torch.float64) else part.to(torch.float32)
+        codes.copy_((wide / s).round_().add_(z).clamp_(low, high).to(torch.int32))
+    return made
 
 
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:

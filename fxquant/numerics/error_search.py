@@ -226,7 +226,7 @@ def weight_qparams(w: Tensor, spec: QSpec, axis: int) -> QParams:
     channel = axis if spec.granularity == "channel" else None
     rows = rows.reshape(1, -1) if channel is None else rows.movedim(channel, 0).flatten(1)
     if rows.shape[1]:
-        low, high = rows.aminmax(dim=1)
+        low, high = rows.amin(1), rows.amax(1)  # several times as fast as aminmax on CPU
     else:
         low = high = rows.new_zeros(rows.shape[0])
     if spec.bits < 8 and rows.numel() and bool((low.isfinite() & high.isfinite()).all()):
@@ -236,23 +236,48 @@ def weight_qparams(w: Tensor, spec: QSpec, axis: int) -> QParams:
 
 def _clip_rows(rows: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
     """Return, per row, the share of its range that quantizes it with the least squared error."""
+    # A few rows at a time, whose dozens of trials stay in the cache.
+    count = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    parts = zip(rows.split(count), low.split(count), high.split(count), strict=True)
+    share = torch.cat([_best_share(*part, spec) for part in parts])
+    return low * share, high * share
+
+
+def _best_share(rows: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
     share = torch.ones_like(low)
-    least = _row_error(rows, low, high, spec)
+    least, _ = _row_error(rows, low, high, spec)
     # Four octaves down in quarter octaves, then finer around the best, to 1 %.
     for steps, octaves in ((range(1, 17), 1 / 4), (range(-3, 4), 1 / 16), (range(-3, 4), 1 / 64)):
         centre = share.clone()
         for step in steps:
             tried = (centre * 2.0 ** (-step * octaves)).clamp(max=1.0)
-            error = _row_error(rows, low * tried, high * tried, spec)
+            if bool((tried == centre).all()):
+                continue  # their errors are known
+            error, clipped = _row_error(rows, low * tried, high * tried, spec)
             better = error < least
             share, least = share.where(~better, tried), least.where(~better, error)
-    return low * share, high * share
+            if bool((clipped > least).all()):
+                break  # a narrower range clips more
+    return share
 
 
-def _row_error(rows: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
+def _row_error(rows: Tensor, low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """The squared error of each row, and what of it at least comes from clipped values."""
     scale, zero_point = steps_from_range(low.to(torch.float64), high.to(torch.float64), spec)
     step = scale.to(rows.dtype).unsqueeze(1)
-    least, most = ((end - zero_point).unsqueeze(1) for end in (spec.quant_min, spec.quant_max))
-    steps = (rows / step).round_().clamp_(least, most)
+    steps = (rows / step).round_()
+    if spec.symmetric:
+        # The middle of the code range is the same for all rows: numbers clamp faster than tensors.
+        middle = int(zero_point[0])
+        steps.clamp_(spec.quant_min - middle, spec.quant_max - middle)
+    else:
+        least, most = ((end - zero_point).unsqueeze(1) for end in (spec.quant_min, spec.quant_max))
+        steps.clamp_(least, most)
     # addcmul in place would be one pass less, but the product must round as dequantize does.
-    return steps.mul_(step).sub_(rows).square_().sum(1, dtype=torch.float64)
+    # torch adds float32 by halves, which keeps 6 digits; adding in float64 takes ten times as long.
+    error = steps.mul_(step).sub_(rows).square_().sum(1).to(torch.float64)
+    if not spec.symmetric:
+        # Ends are moved to whole codes, and narrower ranges need not lie inside wider ones.
+        return error, error.new_full(error.shape, -math.inf)
+    # What is not clipped is at most half a step off; a little more, for float32.
+    return error, error - 0.2501 * rows.shape[1] * scale.to(torch.float64) ** 2

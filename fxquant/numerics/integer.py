@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,8 @@ from fxquant.numerics.qparams import QParams
 
 INT16_MAX: Final = 2**15 - 1
 INT32_MAX: Final = 2**31 - 1
+_AT_ONCE: Final = 2**16
+"""How many codes are widened together."""
 
 
 def accumulator_bound(weight_codes: Tensor, act_max_abs: int, axis: int = 0) -> int:
@@ -34,8 +36,8 @@ def accumulator_bound(weight_codes: Tensor, act_max_abs: int, axis: int = 0) -> 
     """
     if weight_codes.numel() == 0:
         return 0
-    rows = weight_codes.detach().to(torch.int64).movedim(axis, 0).flatten(1)
-    return int(rows.abs().sum(1).max()) * act_max_abs
+    parts = _wide_parts(weight_codes, axis)
+    return max(int(rows.abs_().sum(1, dtype=torch.int64).max()) for rows in parts) * act_max_abs
 
 
 def fits_int32(
@@ -80,11 +82,20 @@ def pair_saturates(weight_codes: Tensor, quant_max: int = 255, axis: int = 0) ->
         >>> pair_saturates(torch.tensor([[127, 1, -90], [127, 2, -90]]))
         tensor([False,  True])
     """
-    rows = weight_codes.detach().to(torch.int64).movedim(axis, 0).flatten(1)
-    pair = min(2, rows.shape[1])
-    most = rows.clamp(min=0).topk(pair, dim=1).values.sum(1) * quant_max
-    least = rows.clamp(max=0).topk(pair, dim=1, largest=False).values.sum(1) * quant_max
-    return (most > INT16_MAX) | (least < -INT16_MAX - 1)
+    found = []
+    for rows in _wide_parts(weight_codes, axis):
+        pair = min(2, rows.shape[1])
+        most = rows.clamp(min=0).topk(pair, dim=1).values.sum(1) * quant_max
+        least = rows.clamp(max=0).topk(pair, dim=1, largest=False).values.sum(1) * quant_max
+        found.append((most > INT16_MAX) | (least < -INT16_MAX - 1))
+    return torch.cat(found)
+
+
+def _wide_parts(weight_codes: Tensor, axis: int) -> Iterator[Tensor]:
+    """Output channels as int32 rows, some at a time: codes in 32 bits are as large as floats."""
+    rows = weight_codes.detach().movedim(axis, 0).flatten(1)
+    for part in rows.split(max(1, _AT_ONCE // max(1, rows.shape[1]))):
+        yield part.to(torch.int32, copy=True)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fxquant.errors import QParamError
 from fxquant.numerics.affine import quantize_weight
 from fxquant.numerics.error_search import weight_qparams
+from fxquant.numerics.qparams import QParams
 from fxquant.spec import QSpec
 
 _NIBBLE: Final = 8
 """What turns int8 codes of at most 4 bits, -8 to 7, into 0 to 15."""
-_BLOCK: Final = 1 << 22
+_BLOCK: Final = 1 << 18
 """How many weights are worked on at once: choosing ranges makes several copies of them."""
 
 
@@ -74,40 +75,46 @@ def store_weight(w: Tensor, spec: QSpec) -> StoredWeight:
     flat = w.detach().reshape(w.shape[0], -1)
     width = flat.shape[1]
     packed = spec.bits <= 4
-    if spec.granularity == "tensor":
-        codes, scale, zero_point = _one_scale(flat, spec)
-        size = width
-    else:
-        size = min(spec.group_size, width) if spec.granularity == "group" else width
-        step = max(1, _BLOCK // width)
-        parts = [_by_group(part, size, spec) for part in flat.split(step)]
-        codes, scale, zero_point = (torch.cat(each) for each in zip(*parts, strict=True))
-    if packed:
-        codes = pack_nibbles(codes + _NIBBLE if spec.dtype == "int8" else codes)
+    size = min(spec.group_size, width) if spec.granularity == "group" else width
+    one = weight_qparams(flat, spec, 0) if spec.granularity == "tensor" else None
+    # What stays is made first: memory freed between pieces that stay is of little use.
+    stored = torch.uint8 if packed or spec.dtype == "uint8" else torch.int8
+    held = math.ceil(width / 2) if packed else width
+    codes = torch.empty((flat.shape[0], held), dtype=stored, device=flat.device)
+    found = []
+    step = max(1, _BLOCK // width)
+    for part, place in zip(flat.split(step), codes.split(step), strict=True):
+        qparams = one or _of_groups(part, size, spec)
+        made = _codes(part, size, qparams)
+        if packed:
+            made = pack_nibbles(made + _NIBBLE if spec.dtype == "int8" else made)
+        place.copy_(made)
+        found.append(qparams)
+    kept = found[:1] if one is not None else found
+    shape = (-1, 1 if one is not None else math.ceil(width / size))
+    scale = torch.cat([each.scale for each in kept]).view(shape)
+    zero_point = torch.cat([each.zero_point for each in kept]).view(shape)
     zeros = None
     if not (spec.symmetric and spec.dtype == "int8"):
         shift = _NIBBLE if packed and spec.dtype == "int8" else 0
-        zeros = (zero_point + shift).to(codes.dtype).reshape(scale.shape)
-    return StoredWeight(codes.contiguous(), scale, zeros, size, width, packed)
+        zeros = (zero_point + shift).to(codes.dtype)
+    return StoredWeight(codes, scale, zeros, size, width, packed)
 
 
-def _one_scale(flat: Tensor, spec: QSpec) -> tuple[Tensor, Tensor, Tensor]:
-    qparams = weight_qparams(flat, spec, 0)
-    codes = quantize_weight(flat, qparams)
-    return codes, qparams.scale.reshape(1, 1), qparams.zero_point.reshape(1, 1)
-
-
-def _by_group(flat: Tensor, size: int, spec: QSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _of_groups(flat: Tensor, size: int, spec: QSpec) -> QParams:
     """Every group as a channel of its own; zeros that fill up the last one widen no range."""
+    each = dataclasses.replace(spec, granularity="channel", group_size=0)
+    return weight_qparams(_in_groups(flat, size), each, 0)
+
+
+def _codes(flat: Tensor, size: int, qparams: QParams) -> Tensor:
     rows, width = flat.shape
-    groups = math.ceil(width / size)
-    filled = F.pad(flat, (0, groups * size - width)).reshape(rows * groups, size)
-    qparams = weight_qparams(
-        filled, dataclasses.replace(spec, granularity="channel", group_size=0), 0
-    )
-    codes = quantize_weight(filled, qparams).reshape(rows, groups * size)[:, :width]
-    shape = (rows, groups)
-    return codes, qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
+    return quantize_weight(_in_groups(flat, size), qparams).reshape(rows, -1)[:, :width]
+
+
+def _in_groups(flat: Tensor, size: int) -> Tensor:
+    missing = -flat.shape[1] % size
+    return (F.pad(flat, (0, missing)) if missing else flat).reshape(-1, size)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -160,6 +160,8 @@ class Convert(Pass):
         qparams = weight_qparams(weight, spec, axis)
         codes = quantize_weight(weight, qparams)
         if self.saturates_pairs and spec.bits == 8 and bool(pair_saturates(codes).any()):
+            # Freed first, so that the others take its place.
+            del codes
             narrow = QSpec(spec.dtype, 7, spec.symmetric, spec.granularity, spec.observer)
             qparams = weight_qparams(weight, narrow, axis)
             codes = quantize_weight(weight, qparams)
