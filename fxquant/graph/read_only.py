@@ -60,7 +60,7 @@ class ReadOnly(TorchDispatchMode):
     """
 
     def __init__(self, twins: dict[int, nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._places = {place for twin in twins.values() if (place := _place(twin))}
 
     def __torch_dispatch__(
@@ -100,6 +100,6 @@ def give_back(module: fx.GraphModule, twins: dict[int, nn.Parameter]) -> None:
         if path in names and id(held) in ours and id(held) not in copies:
             copies[id(held)] = nn.Parameter(held.detach().clone(), held.requires_grad)
     for owner in module.modules() if copies else ():
-        for name, held in owner._parameters.items():
-            if held is not None and id(held) in copies:
-                owner._parameters[name] = copies[id(held)]
+        for name, old in owner._parameters.items():
+            if old is not None and id(old) in copies:
+                owner._parameters[name] = copies[id(old)]

@@ -80,11 +80,12 @@ def test_who_writes_gets_copies(through_data: bool, example: tuple[Tensor, ...])
 
 
 def test_a_table_that_renormalizes_its_rows_is_copied() -> None:
-    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 4)).eval()
-    before = model[0].weight.detach().clone()
+    table = nn.Embedding(5, 4, max_norm=0.1)
+    model = nn.Sequential(table, nn.Linear(4, 4)).eval()
+    before = table.weight.detach().clone()
     module = capture(model, (), evaluate=True, borrow=True).module
     module(torch.tensor([0, 1]))
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(table.weight, before)
     assert _same_memory(module, model) == {"1.weight", "1.bias"}
 
 
