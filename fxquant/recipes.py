@@ -8,7 +8,8 @@ from typing import Final
 
 from fxquant.backends.base import INT8_OPS, REASONS, Availability, Backend
 from fxquant.backends.reference import Reference
-from fxquant.backends.x86 import X86, has_vnni
+from fxquant.backends.x86 import X86
+from fxquant.backends.x86_pairs import has_vnni
 from fxquant.errors import ConfigError
 from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.adopt_products import AdoptProducts

@@ -68,10 +68,10 @@ def test_auto_is_the_fastest_that_works(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["reference"].available
 
 
-def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for vnni in (True, False):
-        monkeypatch.setattr(x86, "has_vnni", lambda vnni=vnni: vnni)
+def test_where_kernels_add_pairs_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pairs in (True, False):
+        monkeypatch.setattr(x86, "layers_saturate", lambda pairs=pairs: pairs)
         steps = {step.name: step for step in convert_recipe(X86()).passes}
         convert = steps["convert"]
         assert dataclasses.is_dataclass(convert) and not isinstance(convert, type)
-        assert dataclasses.asdict(convert)["saturates_pairs"] is not vnni
+        assert dataclasses.asdict(convert)["saturates_pairs"] is pairs

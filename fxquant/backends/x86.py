@@ -10,11 +10,12 @@ from typing import Final
 import torch
 from torch import nn
 
-from fxquant.backends.base import MEASURED, Costs
+from fxquant.backends.base import MEASURED, WITHOUT_VNNI, Costs
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
 from fxquant.backends.x86_layer_rules import LAYER_RULES
 from fxquant.backends.x86_matmul import MATMUL_RULES
 from fxquant.backends.x86_move_rules import MOVE_RULES
+from fxquant.backends.x86_pairs import has_vnni, layers_saturate
 from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_recurrent import X86Recurrent
 from fxquant.backends.x86_rules import OP_RULES
@@ -33,12 +34,6 @@ _NEEDED: Final = {
 }
 
 
-def has_vnni() -> bool:
-    """Whether this processor adds u8*s8 products straight into 32 bits."""
-    probe = getattr(torch.cpu, "_is_vnni_supported", None)
-    return bool(probe()) if probe is not None else False
-
-
 @dataclass(frozen=True)
 class X86:
     """Int8 kernels of the oneDNN that torch is built with."""
@@ -51,12 +46,12 @@ class X86:
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: {IntegerRecurrent: X86Recurrent}
     )
-    costs: Costs = MEASURED
+    costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)
 
     @property
     def saturates_pairs(self) -> bool:
         """Without VNNI the kernels add products in pairs of 16 bits."""
-        return not has_vnni()
+        return layers_saturate()
 
     def missing(self) -> str | None:
         """Another processor, a torch without oneDNN, or one whose operators have moved."""

@@ -61,6 +61,10 @@ def add_matmul(
             add_matmul, operands, *operands, beta=beta, alpha=alpha
         )
         return made
+    # Torch's own functions where they take the operands: they may sum in another order, to a bit.
+    for rank, function in ((2, torch.addmm), (3, torch.baddbmm)):
+        if mat1.dim() == mat2.dim() == rank and mat1.shape[:-2] == mat2.shape[:-2]:
+            return function(input, mat1, mat2, beta=beta, alpha=alpha)
     product = torch.matmul(mat1, mat2)
     product = product if alpha == 1 else product * alpha
     if beta == 0:

@@ -32,9 +32,8 @@ from fxquant.graph.op_table import (
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import is_given, tensor_sources
-from fxquant.numerics.affine import quantize_weight
-from fxquant.numerics.integer import fits_int32, pair_saturates
-from fxquant.numerics.observers import weight_qparams
+from fxquant.numerics.integer import fits_int32
+from fxquant.numerics.integer_weights import integer_weight
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
 
@@ -82,7 +81,7 @@ class Convert(Pass):
 
     Args:
         saturates_pairs: whether the machine's kernels add products in pairs of 16 bits; then
-            weights that could pass them use 7 bits, and only those.
+            output channels that could pass them have a coarser scale, and only those.
     """
 
     name: ClassVar[str] = "convert"
@@ -120,7 +119,8 @@ class Convert(Pass):
         axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
         key = (id(layer.weight), spec, axis)
         if key not in cache:
-            cache[key] = self._integers(layer.weight.detach(), spec, axis)
+            fit = self.saturates_pairs and not _one_input(layer)
+            cache[key] = integer_weight(layer.weight.detach(), spec, axis, fit_pairs=fit)
         codes, scale = cache[key]
         if not fits_int32(codes, 255, axis):
             self._refuse(editor, node)
@@ -141,7 +141,7 @@ class Convert(Pass):
             spec = config.weight or DEFAULT_WEIGHT
             key = (id(table), spec, 0)
             if key not in cache:
-                cache[key] = self._integers(table.detach(), spec, 0)
+                cache[key] = integer_weight(table.detach(), spec, 0)
             why, by = "its table is int8", info(node).configured_by
             with editor.rule("quantize-table"):
                 made: nn.Module = (
@@ -155,19 +155,6 @@ class Convert(Pass):
             return
         with editor.rule("leave-float"):
             editor.annotate(node, decision=Decision(False, why, "convert"))
-
-    def _integers(self, weight: Tensor, spec: QSpec, axis: int) -> tuple[Tensor, Tensor]:
-        qparams = weight_qparams(weight, spec, axis)
-        codes = quantize_weight(weight, qparams)
-        if self.saturates_pairs and spec.bits == 8 and bool(pair_saturates(codes).any()):
-            # Freed first, so that the others take its place.
-            del codes
-            narrow = QSpec(spec.dtype, 7, spec.symmetric, spec.granularity, spec.observer)
-            qparams = weight_qparams(weight, narrow, axis)
-            codes = quantize_weight(weight, qparams)
-        # Codes take over the strides of what they stand for, and kernels pack memory as it lies: a
-        # transposed weight would be packed untransposed.
-        return codes.contiguous(), qparams.scale
 
     @staticmethod
     def _refuse(editor: Editor, node: Node) -> None:
@@ -201,6 +188,13 @@ class Convert(Pass):
         boundary = _Boundary(editor)
         for node in list(editor.graph.nodes):
             boundary.settle(node)
+
+
+def _one_input(layer: Any) -> bool:
+    """Whether sums run over one input channel, as in a depthwise layer: kernels pair channels."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return bool(layer.in_channels == layer.groups)
+    return False
 
 
 def _stays_float(editor: Editor, layer: nn.Embedding | nn.EmbeddingBag, asked: bool) -> str | None:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
@@ -19,10 +19,8 @@ from fxquant.graph.info import Decision, info
 from fxquant.graph.recurrent_layers import UNASKED, recurrent_layer, recurrent_matrices
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
-from fxquant.numerics.affine import quantize_weight
-from fxquant.numerics.integer import pair_saturates
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
-from fxquant.numerics.observers import weight_qparams
+from fxquant.numerics.integer_weights import integer_weight
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, ROWS, QSpec
 
@@ -94,7 +92,8 @@ class ConvertRecurrent(Pass):
                 raise TypeError(f"{node.target}.{name} is no parameter")
             key = (id(weight), spec)
             if key not in cache:
-                codes, scale = self._codes(weight.detach(), spec)
+                fit = self.saturates_pairs
+                codes, scale = integer_weight(weight.detach(), spec, 0, fit_pairs=fit)
                 cache[key] = (
                     nn.Parameter(codes, requires_grad=False),
                     nn.Parameter(scale, requires_grad=False),
@@ -102,11 +101,3 @@ class ConvertRecurrent(Pass):
             made[name] = cache[key]
         # One range for several rows would make a sequence depend on its batch mates.
         return IntegerRecurrent(layer, made, dataclasses.replace(reads, granularity="row"))
-
-    def _codes(self, weight: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
-        qparams = weight_qparams(weight, spec, 0)
-        codes = quantize_weight(weight, qparams)
-        if self.saturates_pairs and spec.bits == 8 and bool(pair_saturates(codes).any()):
-            qparams = weight_qparams(weight, dataclasses.replace(spec, bits=7), 0)
-            codes = quantize_weight(weight, qparams)
-        return codes.contiguous(), qparams.scale

@@ -7,8 +7,10 @@ reach the next, and every op can be held to one code.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +18,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 import fxquant
+from fxquant import recipes
+from fxquant.backends.reference import Reference
+from fxquant.backends.x86 import X86
 from fxquant.graph.view import what
 
 FLOAT_TOLERANCE = 1e-4
@@ -121,15 +126,21 @@ def lockstep(lowered: GraphModule, reference: GraphModule, *inputs: Any) -> list
     return step.found
 
 
+def reference_of(prepared: GraphModule) -> GraphModule:
+    """The reference model with the integer weights that the x86 model has on this machine."""
+    made = recipes._BACKENDS["reference"]
+    assert isinstance(made(), Reference)
+    twin = dataclasses.replace(made(), saturates_pairs=X86().saturates_pairs)
+    with mock.patch.dict(recipes._BACKENDS, reference=lambda: twin):
+        return fxquant.convert(prepared, backend="reference")
+
+
 def both(model: nn.Module, *batches: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
     """The x86 and the reference model of one calibration."""
     first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
     prepared = fxquant.prepare(model, example_inputs=first, **options)
     fxquant.calibrate(prepared, list(batches))
-    return (
-        fxquant.convert(prepared, backend="x86"),
-        fxquant.convert(prepared, backend="reference"),
-    )
+    return fxquant.convert(prepared, backend="x86"), reference_of(prepared)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fxquant.backends.x86 import X86
 from fxquant.graph.info import QType
 from fxquant.numerics.qparams import QParams
 
@@ -41,6 +42,20 @@ def some_codes(*shape: int, qtype: QType | None = None, seed: int = 0) -> Tensor
     if flat.numel() >= 2:
         flat[0], flat[-1] = qtype.quant_min, qtype.quant_max
     return codes.to(qtype.dtype)
+
+
+def weight_codes(
+    *shape: int, pairs: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random codes as a weight may have them on this machine, both ends included.
+
+    Where kernels add products in pairs of 16 bits the library emits no weights two of whose
+    products could pass them; ``pairs=False`` is for sums over one input channel, which have none.
+    """
+    most = 64 if pairs and X86().saturates_pairs else 127
+    codes = torch.randint(-most, most + 1, shape, generator=generator).to(torch.int8)
+    codes.view(-1)[0], codes.view(-1)[-1] = -most, most
+    return codes
 
 
 def real(codes: Tensor, qtype: QType) -> Tensor:

@@ -36,6 +36,7 @@ from tests.backends.oracles import (
     real,
     some_codes,
     uint8,
+    weight_codes,
 )
 
 Activation = Callable[[Tensor], Tensor]
@@ -74,10 +75,9 @@ class Case:
 def weight_of(
     shape: tuple[int, ...], per_channel: bool, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, QParams]:
-    """Weight codes over the whole range, scales that differ fourfold, a bias."""
+    """Weight codes over the machine's whole range, scales that differ fourfold, a bias."""
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
-    codes.view(-1)[0], codes.view(-1)[-1] = -127, 127
+    codes = weight_codes(*shape, pairs=shape[1] > 1, generator=generator)
     count = shape[0] if per_channel else 1
     scale = 0.002 + 0.006 * torch.rand(count, generator=generator)
     bias = 4 * torch.randn(shape[0], generator=generator) if with_bias else None
@@ -188,11 +188,12 @@ def test_conv_writes_float_and_int8_too(rank: int) -> None:
 
 def test_accumulators_hold_the_largest_sums() -> None:
     """All weights and inputs at their ends: 255 * 127 * K, past 16 bits by far."""
-    weight = torch.full((2, 512, 3, 3), 127, dtype=torch.int8)
-    weight[1] = -127
+    most = int(weight_codes(2, 512).max())
+    weight = torch.full((2, 512, 3, 3), most, dtype=torch.int8)
+    weight[1] = -most
     x = torch.full((1, 512, 3, 3), 255, dtype=torch.uint8)
     reads = uint8(1.0, 0)
-    total = 255 * 127 * 512 * 9
+    total = 255 * most * 512 * 9
     geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
     layer = X86Conv(weight, torch.ones(2), None, reads, None, PostOp(), geometry, None)
     assert layer(x).flatten().tolist() == [float(total), float(-total)]

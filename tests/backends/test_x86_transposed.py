@@ -26,6 +26,7 @@ from tests.backends.oracles import (
     qparams,
     some_codes,
     uint8,
+    weight_codes,
 )
 
 
@@ -81,7 +82,8 @@ def pair(
 ) -> tuple[X86ConvTranspose, Tensor, Tensor, QType]:
     """The layer, its input, the float64 result and its type."""
     cin, cout = case.channels
-    weight = torch.randint(-127, 128, (cin, cout // case.groups, *case.kernel)).to(torch.int8)
+    shape = (cin, cout // case.groups, *case.kernel)
+    weight = weight_codes(*shape, pairs=cin > case.groups)
     scale = 0.002 + 0.006 * torch.rand(cout // case.groups)
     bias = 2 * torch.randn(cout) if case.bias else None
     zero = torch.zeros(scale.numel(), dtype=torch.int32)

@@ -242,13 +242,13 @@ def test_ranges_that_differ_widely_are_not_forced_together() -> None:
 
 
 def test_wide_layers_that_could_overflow_stay_right() -> None:
-    """K * 255 * 127 passes int32 from 66,312 inputs on."""
-    layer = nn.Linear(70_000, 2)
+    """K * 255 * 64 passes int32 from 131,586 inputs on, K * 255 * 127 from 66,312."""
+    layer = nn.Linear(140_000, 2)
     with torch.no_grad():
         layer.weight.fill_(0.01)
         layer.bias.zero_()
     model = nn.Sequential(layer, nn.ReLU(), nn.Linear(2, 2)).eval()
-    x = torch.rand(3, 70_000) + 1.0
+    x = torch.rand(3, 140_000) + 1.0
     q = fxquant.quantize(model, [x])
     ops = {op.path: op for op in fxquant.report(q).ops}
     assert not ops["0"].int8 and "32 bits" in ops["0"].why

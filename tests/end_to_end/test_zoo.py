@@ -16,7 +16,7 @@ import fxquant
 from fxquant.graph.op_table import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, is_op
 from fxquant.numerics.observers import Observer
 from tests import zoo
-from tests.backends.lockstep import check_ops
+from tests.backends.lockstep import check_ops, reference_of
 from tests.test_zoo_models import SMALL
 
 
@@ -82,7 +82,7 @@ def quantized(name: str) -> Quantized:
         model,
         prepared,
         fxquant.convert(prepared, backend="x86"),
-        fxquant.convert(prepared, backend="reference"),
+        reference_of(prepared),
         zoo.example(name, 8, size, seed=99),
     )
 

@@ -159,19 +159,32 @@ def test_an_accumulator_that_could_overflow_sends_the_unit_to_float() -> None:
     assert error < 700 / 255
 
 
-def test_seven_bits_only_where_pairs_may_saturate() -> None:
-    risky, safe = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+def test_a_coarser_scale_only_where_pairs_may_saturate() -> None:
+    risky, mixed = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    deep, across = nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 2, 1)
     with torch.no_grad():
         risky.weight.fill_(0.5)  # two neighbours of 127 * 255 each pass 2**15
-        safe.weight.zero_()
-        safe.weight[:, 0] = 0.5  # one large weight, the others none
-    model = nn.Sequential(risky, safe)
-    narrow = converted(model, saturates_pairs=True)
-    assert int(weight_of(narrow, "0").abs().max()) == 63
-    assert int(weight_of(narrow, "1").abs().max()) == 127
-    assert not bool(pair_saturates(weight_of(narrow, "0")).any())
-    full = converted(model, saturates_pairs=False)
-    assert int(weight_of(full, "0").abs().max()) == 127
+        mixed.weight.zero_()
+        mixed.weight[:, 0] = 0.5  # one large weight, the others none
+        mixed.weight[3, 1] = 0.25
+        deep.weight.fill_(0.5)  # many, of one input channel
+        across.weight.zero_()
+        across.weight[:, 0] = 0.5  # of one output, which is the second dimension here
+        across.weight[0, 1] = 0.5
+    model = nn.Sequential(risky, mixed, deep, across)
+    narrow, full = (converted(model, saturates_pairs=flag) for flag in (True, False))
+    largest = [
+        weight_of(narrow, str(i)).abs().transpose(0, int(i == 3)).flatten(1) for i in range(4)
+    ]
+    assert [int(m) for m in largest[0].amax(1)] == [64] * 4
+    assert [int(m) for m in largest[1].amax(1)] == [127, 127, 127, 85]
+    assert [int(m) for m in largest[2].amax(1)] == [127] * 4
+    assert [int(m) for m in largest[3].amax(1)] == [64, 127]
+    for path in "01":
+        assert not bool(pair_saturates(weight_of(narrow, path)).any())
+    assert not bool(pair_saturates(weight_of(narrow, "3"), axis=1).any())
+    for path in "0123":
+        assert int(weight_of(full, path).abs().max()) == 127
 
 
 def test_codes_that_only_move_stay_codes() -> None:

@@ -1,0 +1,50 @@
+"""Whether the int8 kernels of this torch, on this processor, add products in pairs of 16 bits.
+
+The kernels are asked, not the processor: which instructions oneDNN uses depends on what it was
+built with and on ``ONEDNN_MAX_CPU_ISA`` too, and an answer for the wrong kernels would be silently
+wrong numbers (``vpmaddubsw`` saturates, see :func:`fxquant.numerics.integer.pair_saturates`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import torch
+
+_WIDTH: Final = 64
+_CODE: Final = 255
+_WEIGHT: Final = 127
+
+
+def has_vnni() -> bool:
+    """Whether this processor adds u8*s8 products straight into 32 bits."""
+    probe = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
+@functools.cache
+def layers_saturate() -> bool:
+    """Whether the kernels of convolutions and linears lose the largest products."""
+    onednn, zeros = torch.ops.onednn, torch.zeros(_WIDTH, dtype=torch.int32)
+    codes = torch.full((_WIDTH, _WIDTH), _CODE, dtype=torch.uint8)
+    weight = torch.full((_WIDTH, _WIDTH), _WEIGHT, dtype=torch.int8)
+    scale, plain = torch.ones(_WIDTH), (1.0, 0, torch.float32, "none", [], "")
+    linear = onednn.qlinear_pointwise.default(
+        codes, 1.0, 0, onednn.qlinear_prepack(weight, None), scale, zeros, None, *plain
+    )
+    walk = ([1, 1], [0, 0], [1, 1], 1)
+    filters = weight.view(_WIDTH, _WIDTH, 1, 1).expand(-1, -1, 3, 3).contiguous()
+    packed = onednn.qconv_prepack(filters, scale, 1.0, 0, *walk, None)
+    pixels = codes.view(1, _WIDTH, 8, 8)
+    conv = onednn.qconv_pointwise.default(pixels, 1.0, 0, packed, scale, zeros, None, *walk, *plain)
+    exact = float(_CODE * _WEIGHT * _WIDTH)
+    return not (bool((linear == exact).all()) and bool((conv == 9 * exact).all()))
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether ``torch._int_mm`` does; without VNNI torch has a loop of its own, which does not."""
+    codes = torch.full((_WIDTH, _WIDTH), _CODE, dtype=torch.uint8)
+    weight = torch.full((_WIDTH, _WIDTH), _WEIGHT, dtype=torch.int8)
+    return not bool((torch._int_mm(codes, weight) == _CODE * _WEIGHT * _WIDTH).all())
