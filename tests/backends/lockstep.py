@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 import fxquant
 from fxquant import recipes
 from fxquant.backends.reference import Reference
-from fxquant.backends.x86 import X86
 from fxquant.graph.view import what
 
 FLOAT_TOLERANCE = 1e-4
@@ -127,10 +126,11 @@ def lockstep(lowered: GraphModule, reference: GraphModule, *inputs: Any) -> list
 
 
 def reference_of(prepared: GraphModule) -> GraphModule:
-    """The reference model with the integer weights that the x86 model has on this machine."""
-    made = recipes._BACKENDS["reference"]
-    assert isinstance(made(), Reference)
-    twin = dataclasses.replace(made(), saturates_pairs=X86().saturates_pairs)
+    """The reference model with the integer weights and the float ops that the x86 model has here."""
+    made, like = recipes._BACKENDS["reference"](), recipes._BACKENDS["x86"]()
+    assert isinstance(made, Reference)
+    pairs, costs = like.saturates_pairs, like.costs
+    twin = dataclasses.replace(made, saturates_pairs=pairs, costs=costs)
     with mock.patch.dict(recipes._BACKENDS, reference=lambda: twin):
         return fxquant.convert(prepared, backend="reference")
 

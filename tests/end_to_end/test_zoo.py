@@ -141,7 +141,7 @@ def test_output_is_near_the_float_one(name: str, backend: str) -> None:
     assert found.shape == wanted.shape
     ratio, expected = decibels(wanted, found), dithered_decibels(q.reference, wanted, q.x)
     # The mean of three is known to about 1 dB; the rest is what rounding, which is no noise, may
-    # add up to. Networks here lie from 0.5 dB below it to 3 above; with weights that are coarser for
+    # add up to. Networks here lie from 0.5 dB below it to 3 above; with weights made coarser for
     # the sake of kernels that add pairs, whose own rounding the noise leaves out, from 2 below.
     below = 2.5 if X86().saturates_pairs else 1.5
     assert ratio >= expected - below, f"{name}: {ratio:.2f} dB, with noise {expected:.2f} dB"
