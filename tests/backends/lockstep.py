@@ -126,7 +126,7 @@ def lockstep(lowered: GraphModule, reference: GraphModule, *inputs: Any) -> list
 
 
 def reference_of(prepared: GraphModule) -> GraphModule:
-    """The reference model with the integer weights and the float ops that the x86 model has here."""
+    """The reference model with the integer weights and float ops that the x86 model has here."""
     made, like = recipes._BACKENDS["reference"](), recipes._BACKENDS["x86"]()
     assert isinstance(made, Reference)
     pairs, costs = like.saturates_pairs, like.costs
