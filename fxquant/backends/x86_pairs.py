@@ -8,7 +8,7 @@ wrong numbers (``vpmaddubsw`` saturates, see :func:`fxquant.numerics.integer.pai
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -29,7 +29,8 @@ def layers_saturate() -> bool:
     onednn, zeros = torch.ops.onednn, torch.zeros(_WIDTH, dtype=torch.int32)
     codes = torch.full((_WIDTH, _WIDTH), _CODE, dtype=torch.uint8)
     weight = torch.full((_WIDTH, _WIDTH), _WEIGHT, dtype=torch.int8)
-    scale, plain = torch.ones(_WIDTH), (1.0, 0, torch.float32, "none", [], "")
+    scale = torch.ones(_WIDTH)
+    plain: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     linear = onednn.qlinear_pointwise.default(
         codes, 1.0, 0, onednn.qlinear_prepack(weight, None), scale, zeros, None, *plain
     )
