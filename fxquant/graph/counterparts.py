@@ -57,6 +57,23 @@ def last_origins(groups: Collection[tuple[str, ...]], captured: Graph) -> list[N
     return found
 
 
+def results_kept(captured: Graph, made: Graph) -> list[Node]:
+    """Nodes of ``captured`` whose value is there in ``made``; what was fused into others is not.
+
+    Args:
+        captured: the captured graph.
+        made: what passes made of it.
+    """
+    place = {node: index for index, node in enumerate(captured.nodes)}
+    calls = [node for node in captured.nodes if node.op.startswith("call")]
+    last: dict[Node, Node] = {}
+    for pair in counterparts(captured, made, calls):
+        best = last.get(pair.node)
+        if best is None or place[best] < place[pair.real]:
+            last[pair.node] = pair.real
+    return list(last.values())
+
+
 def counterparts(captured: Graph, made: Graph, results: Collection[Node]) -> Iterator[Counterpart]:
     """What stands in ``made`` for the values of ``results``, where something does.
 

@@ -16,8 +16,10 @@ from fxquant.graph.settle import uncompiled
 from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
 from fxquant.report.compare import Comparison, compare_models
+from fxquant.report.diff import measured_noise
 from fxquant.report.explain import Explainer, Explanation
 from fxquant.report.history import History
+from fxquant.report.metered import Feed
 from fxquant.report.report import Report
 
 Comparable = nn.Module | Snapshot | GraphState
@@ -83,12 +85,23 @@ def history(model: nn.Module) -> History:
     return History(record_of(_model(model, "history")))
 
 
-def diff(a: Comparable, b: Comparable | None = None) -> GraphDiff:
+def diff(
+    a: Comparable,
+    b: Comparable | None = None,
+    *,
+    data: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+) -> GraphDiff:
     """What has to change in ``a`` to get ``b``, node by node.
 
     Args:
         a: a model, or a snapshot of a history. A model that is no graph is captured in eval mode.
         b: the same; ``None`` compares the first and the last snapshot of ``a``.
+        data: batches, where ``a`` is a float model and ``b`` was made of it: both run on them, and
+            what changed is shown with its SQNR against float.
+        transform: turns an item of ``data`` into what the model is fed.
+        max_batches: how many batches to use.
 
     Raises:
         ConfigError: ``a`` or ``b`` is something else, or ``b`` is left out and fxquant did not
@@ -100,6 +113,10 @@ def diff(a: Comparable, b: Comparable | None = None) -> GraphDiff:
         >>> [change.kind for change in diff(relu, gelu).changes]
         ['replaced']
     """
+    if data is not None:
+        return _diff_with_noise(a, b, Feed(data, transform, max_batches))
+    if transform is not None or max_batches is not None:
+        raise ConfigError("transform and max_batches are about data: pass data=... to diff() too")
     if b is not None:
         return diff_states(_state(a, "a"), _state(b, "b"))
     if isinstance(a, Snapshot | GraphState):
@@ -108,6 +125,18 @@ def diff(a: Comparable, b: Comparable | None = None) -> GraphDiff:
         )
     snapshots = record_of(_model(a, "diff")).snapshots
     return diff_states(snapshots[0].state, snapshots[-1].state)
+
+
+def _diff_with_noise(a: Comparable, b: Comparable | None, feed: Feed) -> GraphDiff:
+    if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
+        raise ConfigError(
+            "diff() with data runs two models: pass the float model, what quantize() made of it, "
+            "and the data"
+        )
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        noise = measured_noise(uncompiled(a), b, feed)
+    snapshots = record_of(b).snapshots
+    return diff_states(snapshots[0].state, _state(b, "b")).with_noise(noise)
 
 
 def compare(
@@ -145,9 +174,7 @@ def compare(
         'linear+relu'
     """
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        return compare_models(
-            uncompiled(model), quantized, data, transform=transform, max_batches=max_batches
-        )
+        return compare_models(uncompiled(model), quantized, Feed(data, transform, max_batches))
 
 
 def _model(given: object, name: str) -> nn.Module:

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.calibration.binding import bind_batch, moved
-from fxquant.calibration.data import (
-    as_batches,
-    check_options,
-    is_function,
-    refuse_empty,
-    transformed,
-)
-from fxquant.errors import ConfigError, TraceError
-from fxquant.graph.capture import capture
 from fxquant.graph.counterparts import last_origins
-from fxquant.graph.edit import Editor
-from fxquant.graph.recurrent_layers import as_called
-from fxquant.graph.state import graph_state
 from fxquant.numerics.agreement import Agreement
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.functionalize import Functionalize
-from fxquant.passes.unshare import Unshare
-from fxquant.record import OpRecord, Record, record_of
-from fxquant.report.meter import Measured, Meter
+from fxquant.record import OpRecord, Record
+from fxquant.report.meter import Measured
+from fxquant.report.metered import Feed, Metered, metered
 from fxquant.report.ops import runs_in
 from fxquant.report.tables import markdown_table, table
 from fxquant.report.weights import weight_agreement
@@ -159,109 +144,23 @@ class Comparison:
         return f"{self.table}\n\n{self.summary}"
 
 
-def compare_models(
-    model: nn.Module,
-    quantized: nn.Module,
-    data: Any,
-    *,
-    transform: Callable[[Any], Any] | None = None,
-    max_batches: int | None = None,
-) -> Comparison:
+def compare_models(model: nn.Module, quantized: nn.Module, feed: Feed) -> Comparison:
     """See :func:`fxquant.report.api.compare`."""
-    made, record = _converted(model, quantized)
-    check_options(data, transform, max_batches)
-    if is_function(data):
-        raise ConfigError(
-            "compare() feeds the same batches to two models: pass the batches, not a function that "
-            "feeds one"
-        )
-    meter, ops, results = None, record.ops, list[Node | None]()
-    for args, kwargs in _calls(made, data, transform, max_batches):
-        if meter is None:
-            captured = captured_again(model, record, args, kwargs)
-            results = last_origins([op.origins for op in ops], captured.graph)
-            wanted = dict.fromkeys(node for node in results if node is not None)
-            meter = Meter(captured, made, wanted)
-            weights = [weight_agreement(op.origins, captured, made) for op in ops]
-        meter.feed(args, kwargs)
-    if meter is None:
-        refuse_empty(data)
-    rows = [
-        _row(op, node, meter, weight)
-        for op, node, weight in zip(ops, results, weights, strict=True)
-    ]
-    return Comparison(tuple(sorted(rows, key=_rank)), meter.output, meter.batches)
+    run = metered("compare", model, quantized, feed, _results)
+    ops = run.record.ops
+    results = last_origins([op.origins for op in ops], run.captured.graph)
+    rows = [_row(op, node, run) for op, node in zip(ops, results, strict=True)]
+    return Comparison(tuple(sorted(rows, key=_rank)), run.meter.output, run.meter.batches)
 
 
-def _converted(model: nn.Module, quantized: nn.Module) -> tuple[GraphModule, Record]:
-    for name, given in (("the float model", model), ("the quantized model", quantized)):
-        if not isinstance(given, nn.Module):
-            raise ConfigError(
-                f"compare() got a {type(given).__name__} as {name}: call compare(model, "
-                "quantized, data)"
-            )
-    record = record_of(quantized)
-    if not record.ops or not isinstance(quantized, GraphModule):
-        raise ConfigError(
-            "this model is not converted yet, and computes in float: pass what convert() returned"
-        )
-    return quantized, record
+def _results(captured: GraphModule, record: Record) -> list[Node]:
+    found = last_origins([op.origins for op in record.ops], captured.graph)
+    return [node for node in found if node is not None]
 
 
-def _calls(
-    quantized: nn.Module, data: Any, transform: Callable[[Any], Any] | None, most: int | None
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of each batch, on the model's device."""
-    devices = {tensor.device for tensor in (*quantized.parameters(), *quantized.buffers())}
-    device = devices.pop() if len(devices) == 1 else None
-    batches: Iterable[Any] = as_batches(data)
-    iterator = iter(batches)
-    place = 0
-    while most is None or place < most:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        yield moved(bind_batch(quantized, transformed(transform, batch, place), place), device)
-        place += 1
-
-
-def captured_again(
-    model: nn.Module, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> GraphModule:
-    """The float model's graph as the quantized model was made from, ready to be walked.
-
-    Args:
-        model: the float model; it is copied.
-        record: the quantized model's memory.
-        args: positional arguments of one call.
-        kwargs: keyword arguments of one call.
-
-    Raises:
-        ConfigError: the quantized model was not made from ``model``.
-    """
-    first = record.snapshots[0].state
-    tried: list[str] = []
-    for example in ((args, kwargs), ((), {})):
-        try:
-            module = capture(as_called(model), *example, evaluate=True).module
-        except TraceError as error:
-            tried.append(str(error).splitlines()[0])
-            continue
-        nodes = graph_state(module.graph).nodes
-        if [n.line for n in nodes] == [n.line for n in first.nodes[: len(nodes)]]:
-            # Ops that write in place have no gradient; their canonical form has.
-            for step in (Functionalize(), Unshare(), Canonicalize()):
-                step.run(Editor(module))
-            return module.eval()
-        tried.append("its graph is another one")
-    raise ConfigError(
-        f"the quantized model was not made from this {type(model).__name__} ({tried[0]}): pass the "
-        "float model that quantize() or prepare() was given, with data it can run on"
-    )
-
-
-def _row(op: OpRecord, real: Node | None, meter: Meter, weight: float | None) -> OpComparison:
+def _row(op: OpRecord, real: Node | None, run: Metered) -> OpComparison:
+    meter = run.meter
+    weight = weight_agreement(op.origins, run.captured, run.made)
     found: Measured | None = None if real is None else meter.measured(real)
     runs = runs_in(op)
     if found is None:

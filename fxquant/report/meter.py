@@ -102,6 +102,14 @@ class Meter:
             self._shares[real] / self._error if known else None,
         )
 
+    def noise(self) -> dict[str, float]:
+        """SQNR in decibels of everything measured, by the names of nodes of the quantized graph."""
+        return {
+            pair.node.name: self._accumulated[real].agreement.sqnr
+            for real, pair in self._pairs.items()
+            if self._accumulated[real].elements
+        }
+
     def _drop(self, pair: Counterpart) -> None:
         self._pairs.pop(pair.real, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 from random import Random
 
@@ -327,6 +328,111 @@ def test_origins_taken_over_from_an_input_do_not_merge_neighbours() -> None:
     pairs = [([n.name for n in c.before], [n.name for n in c.after]) for c in changes]
     assert pairs == [(["conv", "bn"], ["a"]), (["relu"], ["b"])]
     assert [c.kind for c in changes] == ["fused", "replaced"]
+
+
+SINGLE: dict[str, object] = {
+    "op": "call_method",
+    "what": "gelu",
+    "target": "other.relu",
+    "setup": "inplace=True",
+    "reads": (TYPE,),
+    "writes": TYPE,
+    "qtype": TYPE,
+    "int8": False,
+    "kwargs": (("inplace", "True"),),
+}
+
+
+@given(states(), st.sampled_from(sorted(SINGLE)), st.randoms(use_true_random=False))
+def test_every_single_attribute_of_every_node_is_reported(
+    state: GraphState, field: str, random: Random
+) -> None:
+    place = random.randrange(2, len(state.nodes) - 1)
+    other = dataclasses.replace(state.nodes[place], **{field: SINGLE[field]})  # type: ignore[arg-type] # fields by their names
+    after = GraphState((*state.nodes[:place], other, *state.nodes[place + 1 :]))
+    diff = diff_states(state, after)
+    assert diff
+    assert diff_states(after, state)
+    assert any(other in change.after for change in diff.changes)
+
+
+@given(states(), st.randoms(use_true_random=False))
+def test_one_more_edge_beside_another_is_reported(state: GraphState, random: Random) -> None:
+    """The second of two uses of the same value, by the same node."""
+    place = random.randrange(2, len(state.nodes) - 1)
+    old = state.nodes[place]
+    again = next(value for value in old.args if isinstance(value, Ref))
+    after = GraphState(
+        (
+            *state.nodes[:place],
+            dataclasses.replace(old, args=(*old.args, again)),
+            *state.nodes[place + 1 :],
+        )
+    )
+    for diff in (diff_states(state, after), diff_states(after, state)):
+        (change,) = diff.changes
+        assert change.kind == "changed"
+        assert again.name in change.detail
+
+
+def edges_in(view: nx.MultiDiGraph[str], side: str, gone: str) -> Counter[tuple[str, str, str]]:
+    """The edges of one of the two graphs, by names, read back from the merged one."""
+    return Counter(
+        (view.nodes[u][side].name, view.nodes[v][side].name, data["place"])
+        for u, v, data in view.edges(data=True)
+        if data["status"] != gone
+    )
+
+
+def edges_of(state: GraphState) -> Counter[tuple[str, str, str]]:
+    return Counter(
+        (value.name, made.name, place)
+        for made in state.nodes
+        for place, value in made.places
+        if isinstance(value, Ref)
+    )
+
+
+@given(mutated())
+def test_networkx_holds_both_graphs_whole(pair: tuple[GraphState, GraphState]) -> None:
+    before, after = pair
+    diff = diff_states(before, after)
+    view = diff.to_networkx()
+    for side, state, gone in (("before", before, "added"), ("after", after, "removed")):
+        kept = Counter(d[side] for _, d in view.nodes(data=True) if d[side] is not None)
+        assert kept == Counter(state.nodes)
+        assert edges_in(view, side, gone) == edges_of(state)
+    for _, data in view.nodes(data=True):
+        change = None if data["change"] is None else diff.changes[data["change"]]
+        assert data["status"] == ("same" if change is None else change.kind)
+
+
+def test_networkx_of_a_part_is_a_part() -> None:
+    diff = diff_states(captured(Net(4)), captured(Net(4, nn.GELU)))
+    view = diff.only("blocks.1").to_networkx()
+    assert {data["path"] for _, data in view.nodes(data=True)} == {"blocks.1.0", "blocks.1.1"}
+    assert view.number_of_edges() == 1
+
+
+def test_colours_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
+    diff = diff_states(CHAIN, changed("relu", what="gelu"))
+    assert diff.to_text() == diff.to_text(color=False) == str(diff)
+    assert "\x1b" not in str(diff)
+    painted = diff.to_text(color=True)
+    assert painted.startswith("\x1b[33m~ replaced\x1b[0m m.relu")
+    assert re.sub(r"\x1b\[\d*m", "", painted) == str(diff)
+
+
+def test_noise_is_shown_where_it_was_measured() -> None:
+    plain = diff_states(CHAIN, changed("relu", writes=TYPE))
+    diff = plain.with_noise({"relu": 41.25, "conv": math.inf})
+    assert diff.sqnr(diff.changes[0]) == 41.25
+    assert "SQNR 41.2 dB" in str(diff)
+    assert "SQNR 41.2 dB" in diff.to_markdown()
+    assert diff.to_dict()["changes"][0]["sqnr"] == 41.25
+    exact = plain.with_noise({"relu": math.inf})
+    assert "; exact" in str(exact)
+    json.dumps(exact.to_dict(), allow_nan=False)
 
 
 class Net(nn.Module):

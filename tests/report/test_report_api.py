@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxquant.api import prepare, quantize
 from fxquant.errors import ConfigError
 from fxquant.graph.diff import GraphDiff
-from fxquant.report.api import diff, history, report
+from fxquant.report.api import compare, diff, history, report
 
 
 class Small(nn.Module):
@@ -112,3 +112,19 @@ def test_what_cannot_be_compared_is_refused(model: nn.Module, quantized: fx.Grap
         diff(model, 3)  # type: ignore[arg-type] # what the error is about
     with pytest.raises(ConfigError, match="got one Snapshot: pass two"):
         diff(history(quantized)[0])
+
+
+def test_a_diff_with_data_tells_the_noise(model: nn.Module, quantized: fx.GraphModule) -> None:
+    batches = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+    found = diff(model, quantized, data=batches)
+    assert found.changes == diff(quantized).changes
+    compared = {row.path: row.accumulated for row in compare(model, quantized, batches)}
+    head = next(c for c in found.changes if c.path == "head")
+    assert compared["head"] is not None
+    assert found.sqnr(head) == compared["head"].sqnr
+    with pytest.raises(ConfigError, match="runs two models"):
+        diff(quantized, data=batches)
+    with pytest.raises(ConfigError, match="pass data="):
+        diff(model, quantized, max_batches=1)
+    with pytest.raises(ConfigError, match="was not made by fxquant"):
+        diff(quantized, model, data=batches)
