@@ -38,6 +38,7 @@ from fxquant.errors import (
 from fxquant.graph.held_state import state_kept
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.observers import Observer
+from fxquant.progress import Progress, check_progress, showing
 from fxquant.recipes import (
     available_backends,
     resolve_backend,
@@ -79,7 +80,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     min_coverage: float | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress = None,
     strict: bool = False,
 ) -> GraphModule:
     """Return an int8 version of ``model``; ``model`` itself is never changed.
@@ -102,7 +103,9 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         transform: turns an item of ``calibration`` into what the model is fed.
         max_batches: how many batches to use.
         min_coverage: the least share of ops that must be int8, 0 to 1.
-        progress: called after each batch with the number done and the total, if known.
+        progress: ``None`` shows calibration of more than two seconds where stderr is a terminal,
+            ``True`` always, ``False`` never; a function is called with the number of batches
+            done and the total, if known.
         strict: raise where a module would have to stay your own code, with its parts quantized.
 
     Raises:
@@ -120,6 +123,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     """
     resolve_backend(backend)
     check_share(min_coverage)
+    check_progress(progress)
     check_mode(mode, _MODES)
     # The prepared model lives no longer than this call: it need not own a copy of the weights.
     wishes = replace(_wishes(mode, qconfig, overrides, patterns, strict), borrow=True)
@@ -138,7 +142,7 @@ class _Feed:
     data: Any
     transform: Callable[[Any], Any] | None
     max_batches: int | None
-    progress: Callable[[int, int | None], None] | None
+    progress: Progress
 
 
 def _prepare_and_calibrate(
@@ -225,7 +229,7 @@ def calibrate(
     *,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress = None,
 ) -> None:
     """Let the observers of a prepared model see ``data``, in one pass.
 
@@ -234,15 +238,18 @@ def calibrate(
         data: a DataLoader, an iterable or generator of batches, or a function of the model.
         transform: turns an item of ``data`` into what the model is fed.
         max_batches: how many batches to use.
-        progress: called after each batch with the number done and the total, if known.
+        progress: ``None`` shows calibration of more than two seconds where stderr is a terminal,
+            ``True`` always, ``False`` never; a function is called with the number of batches
+            done and the total, if known.
 
     Raises:
         CalibrationError: no batch, a batch that does not fit, NaN or infinity.
     """
     record_of(prepared)
-    feeding.calibrate(
-        prepared, data, transform=transform, max_batches=max_batches, progress=progress
-    )
+    with showing(progress, "calibrating") as report:
+        feeding.calibrate(
+            prepared, data, transform=transform, max_batches=max_batches, progress=report
+        )
 
 
 @_outside_inference_mode
