@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 import fxquant
-from fxquant import cli, errors
-from fxquant.cli import Answer, Verb, main
+from fxquant import errors
+from fxquant.cli import main, run
+from fxquant.cli.verb import Answer, Verb
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,19 +25,19 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Answer], extra: str = "") -> None:
-    """Make ``probe`` the only verb; it does ``run``."""
-    verb = Verb("probe", "for tests", lambda arguments: run(), extra=extra)
-    monkeypatch.setattr(cli, "VERBS", (verb,))
+def install(monkeypatch: pytest.MonkeyPatch, does: Callable[[], Answer], extra: str = "") -> None:
+    """Make ``probe`` the only verb."""
+    verb = Verb("probe", "for tests", lambda arguments: does(), extra=extra)
+    monkeypatch.setattr(run, "VERBS", (verb,))
 
 
 def fail_with(error: BaseException) -> Callable[[], Answer]:
     """A verb that raises ``error``."""
 
-    def run() -> Answer:
+    def fail() -> Answer:
         raise error
 
-    return run
+    return fail
 
 
 def test_python_m_is_the_command() -> None:
@@ -67,6 +68,15 @@ def test_backends_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "COMMAND"),
         (["backend"], "invalid choice: 'backend'"),
+        (["quantise"], "did you mean 'quantize'?"),
+        (["quantize", "m:f", "--overide", "head=float"], "did you mean '--override'?"),
+        (["quantize", "m:f", "--mode", "dynamik"], "did you mean 'dynamic'?"),
+        (["quantize", "m:f", "--max-batches", "0"], "0 is less than 1"),
+        (["quantize", "m:f", "--min-coverage", "1.5"], "1.5 is not between 0 and 1"),
+        (["quantize", "m:f", "--calib", "x"], "did you mean '--calibration'?"),  # not abbreviated
+        (["quantize", "m:f", "\x1b[31m"], "\\x1b[31m"),
+        (["bench", "m:f", "--seconds", "0"], "0 is not more than 0"),
+        (["compare", "a:b", "c:d", "--data", "x", "--min-sqnr", "nan"], "nan is not finite"),
         (["demo", "--epochs", "0"], "0 is less than 1"),
         (["demo", "--epochs", "many"], "'many' is not a whole number"),
         (["demo", "--seed", "-1"], "-1 is not between"),
@@ -90,12 +100,12 @@ def test_demo_gets_its_options_and_keeps_progress_from_stdout(
 ) -> None:
     got: dict[str, int] = {}
 
-    def run(*, seed: int, epochs: int, say: Callable[[str], None]) -> SimpleNamespace:
+    def demo(*, seed: int, epochs: int, say: Callable[[str], None]) -> SimpleNamespace:
         got.update(seed=seed, epochs=epochs)
         say("progress")
         return SimpleNamespace(to_dict=lambda: {"seed": seed})
 
-    monkeypatch.setitem(sys.modules, "fxquant.demo", SimpleNamespace(run=run, EPOCHS=3))
+    monkeypatch.setitem(sys.modules, "fxquant.demo", SimpleNamespace(run=demo, EPOCHS=3))
     assert main(["demo", "--json", *options]) == 0
     assert got == {
         "seed": 7 if "--seed" in options else 0,
@@ -138,6 +148,7 @@ def test_only_the_demo_needs_scikit_learn() -> None:
         (errors.LoadError("why"), 3),
         (errors.CalibrationError("why"), 4),
         (errors.LoweringError("why"), 5),
+        (errors.GuardError("why"), 5),
     ],
 )
 def test_errors_on_purpose_have_their_codes_and_one_line(
@@ -168,7 +179,7 @@ def test_bugs_end_with_70_and_say_how_to_report(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {type(error).__name__}: {error}\n")
-    assert "fxquant --version" in err and "fxquant probe" in err
+    assert "fxquant doctor" in err and "fxquant probe" in err
     assert "Traceback" not in err
 
 
@@ -206,9 +217,9 @@ def test_a_verb_can_choose_its_status(
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
     code = (
-        "import sys; from fxquant import cli; "
-        "answer = lambda arguments: cli.Answer('x' * 1_000_000, {}); "
-        "cli.VERBS = (cli.Verb('probe', '', answer),); sys.exit(cli.main(['probe']))"
+        "import sys; from fxquant.cli import run; from fxquant.cli.verb import Answer, Verb; "
+        "answer = lambda arguments: Answer('x' * 1_000_000, {}); "
+        "run.VERBS = (Verb('probe', '', answer),); sys.exit(run.main(['probe']))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],
@@ -227,7 +238,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     helped = capsys.readouterr().out
-    assert cli.VERBS
-    for verb in cli.VERBS:
+    assert run.VERBS
+    for verb in run.VERBS:
         assert f"    {verb.name} " in helped
         assert verb.help in helped

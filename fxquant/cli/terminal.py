@@ -1,0 +1,80 @@
+"""What the terminal is like, and writing to it: the one place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Final, TextIO
+
+from fxquant.errors import FxQuantWarning
+from fxquant.graph.text import shown
+from fxquant.progress import Report, showing
+
+_COLOURS: Final = {"+": "32", "-": "31", ">": "34", "~": "33"}
+"""ANSI colours of the lines of a diff; their first characters say the same without colour."""
+_MOST: Final = 4000
+
+
+def say(text: str) -> None:
+    """Lines for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_dumb() -> bool:
+    """Whether the terminal says that it cannot move its cursor."""
+    return os.environ.get("TERM") == "dumb"
+
+
+def may_colour(stream: TextIO) -> bool:
+    """Whether colours are wanted on ``stream``; see https://no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and not is_dumb()
+
+
+def painted(text: str) -> str:
+    """The lines of a diff in colour."""
+    return re.sub(
+        r"^([-+>~]) .*$",
+        lambda found: f"\x1b[{_COLOURS[found[1]]}m{found[0]}\x1b[0m",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def plain(text: str) -> str:
+    """An error message, which may quote names: what would act on a terminal shows as an escape."""
+    return "\n".join(shown(line, _MOST) for line in text.splitlines())
+
+
+@contextmanager
+def progress(label: str) -> Generator[Report | bool]:
+    """What to pass as ``progress=``: shown where stderr is a terminal, as well as that can."""
+    with showing(None, label, plain=is_dumb()) as report:
+        yield False if report is None else report
+
+
+@contextmanager
+def warnings_as_lines() -> Generator[None]:
+    """Warnings of the package are one line each, without a place in its source."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, FxQuantWarning):
+                say(plain(f"warning: {message}"))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", FxQuantWarning)
+        yield
