@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -26,8 +26,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) docs/_build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 
 # The stamp is written last: an install that broke off half-way is done again.
@@ -37,5 +40,5 @@ $(STAMP): pyproject.toml
 			"pass another, as in 'make test PYTHON=python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "$(TORCH)"
-	$(BIN)/python -m pip install "$(TORCH)" -e ".[bench,demo,dev]"
+	$(BIN)/python -m pip install "$(TORCH)" -e ".[bench,cli,demo,dev,docs]"
 	touch $(STAMP)
