@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import fxquant
 
 project = "fxquant"
@@ -20,17 +17,3 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
-root = Path(__file__).resolve().parent.parent
-
-
-def plain_summaries(
-    app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
-) -> None:
-    """Dataclass fields are told in ``Args``: the attributes of their own have nothing to add."""
-    if what == "attribute" and not lines:
-        lines.append("")
-
-
-def setup(app: Any) -> None:
-    """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", plain_summaries)

@@ -18,7 +18,7 @@ import fxquant
 from fxquant.cli.code import importable_here
 from fxquant.cli.job import seeded
 from fxquant.cli.parsing import Parser
-from fxquant.cli.terminal import may_colour, painted, plain, say, warnings_as_lines
+from fxquant.cli.terminal import emit, may_colour, painted, plain, say, warnings_as_lines
 from fxquant.cli.verb import Answer, Exit, Verb
 from fxquant.cli.verb_bench import BENCH
 from fxquant.cli.verb_compare import COMPARE
@@ -77,12 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb: Verb = arguments.verb
     try:
         answer = _answer(verb, arguments)
-        if arguments.json:
-            print(json.dumps(answer.data, indent=2, allow_nan=False))
-        else:
-            coloured = answer.marked and may_colour(sys.stdout)
-            print(painted(answer.text) if coloured else answer.text)
-        sys.stdout.flush()
+        _print(answer, arguments)
     except KeyboardInterrupt:
         say("interrupted")
         return int(Exit.INTERRUPTED)
@@ -108,6 +103,23 @@ def _answer(verb: Verb, arguments: argparse.Namespace) -> Answer:
         seeded(getattr(arguments, "seed", None)),
     ):
         return verb.run(arguments)
+
+
+def _print(answer: Answer, arguments: argparse.Namespace) -> None:
+    """The result, on stdout."""
+    text = answer.text
+    if arguments.json:
+        text = json.dumps(answer.data, indent=2, allow_nan=False)
+    elif answer.marked and may_colour(sys.stdout):
+        text = painted(text)
+    try:
+        emit(text, sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # The disk that stdout goes to is full: its buffer must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ConfigError(f"cannot write the result to stdout: {error.strerror}") from error
 
 
 def _explain(error: Exception, verb: Verb) -> tuple[Exit, str]:

@@ -19,9 +19,18 @@ _COLOURS: Final = {"+": "32", "-": "31", ">": "34", "~": "33"}
 _MOST: Final = 4000
 
 
+def emit(text: str, stream: TextIO) -> None:
+    """Lines on a stream; what its encoding does not have shows as an escape."""
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
 def say(text: str) -> None:
     """Lines for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    emit(text, sys.stderr)
 
 
 def is_dumb() -> bool:
