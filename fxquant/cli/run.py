@@ -18,7 +18,7 @@ import fxquant
 from fxquant.cli.code import importable_here
 from fxquant.cli.job import seeded
 from fxquant.cli.parsing import Parser
-from fxquant.cli.terminal import emit, may_colour, painted, plain, say, warnings_as_lines
+from fxquant.cli.terminal import emit, may_colour, plain, say, warnings_as_lines
 from fxquant.cli.verb import Answer, Exit, Verb
 from fxquant.cli.verb_bench import BENCH
 from fxquant.cli.verb_compare import COMPARE
@@ -110,8 +110,8 @@ def _print(answer: Answer, arguments: argparse.Namespace) -> None:
     text = answer.text
     if arguments.json:
         text = json.dumps(answer.data, indent=2, allow_nan=False)
-    elif answer.marked and may_colour(sys.stdout):
-        text = painted(text)
+    elif answer.coloured is not None and may_colour(sys.stdout):
+        text = answer.coloured
     try:
         emit(text, sys.stdout)
     except BrokenPipeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Generator
@@ -14,8 +13,6 @@ from fxquant.errors import FxQuantWarning
 from fxquant.graph.text import shown
 from fxquant.progress import Report, showing
 
-_COLOURS: Final = {"+": "32", "-": "31", ">": "34", "~": "33"}
-"""ANSI colours of the lines of a diff; their first characters say the same without colour."""
 _MOST: Final = 4000
 
 
@@ -41,16 +38,6 @@ def is_dumb() -> bool:
 def may_colour(stream: TextIO) -> bool:
     """Whether colours are wanted on ``stream``; see https://no-color.org."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and not is_dumb()
-
-
-def painted(text: str) -> str:
-    """The lines of a diff in colour."""
-    return re.sub(
-        r"^([-+>~]) .*$",
-        lambda found: f"\x1b[{_COLOURS[found[1]]}m{found[0]}\x1b[0m",
-        text,
-        flags=re.MULTILINE,
-    )
 
 
 def plain(text: str) -> str:

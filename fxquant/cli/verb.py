@@ -31,13 +31,13 @@ class Answer:
         text: for people.
         data: the same in plain types, for ``--json``; the keys are stable.
         code: the exit status.
-        marked: whether the first character of a line says what became of it, as in a diff.
+        coloured: the text for terminals with colours, where it has any.
     """
 
     text: str
     data: dict[str, Any]
     code: int = Exit.OK
-    marked: bool = False
+    coloured: str | None = None
 
 
 @dataclass(frozen=True)

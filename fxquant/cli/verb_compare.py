@@ -3,79 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.calibration import bind_batch
 from fxquant.calibration.binding import tensors
 from fxquant.cli.code import call, imported
 from fxquant.cli.data import load_data, load_transform
-from fxquant.cli.job import add_seed
+from fxquant.cli.job import add_seed, seeded
 from fxquant.cli.models import add_trust, load_model
 from fxquant.cli.parsing import positive, real
 from fxquant.cli.terminal import progress
 from fxquant.cli.verb import Answer, Exit, Verb
 from fxquant.errors import CalibrationError, ConfigError
+from fxquant.numerics.agreement import Agreement, AgreementSums
+from fxquant.report.compare import Comparison
 from fxquant.report.tables import table
-
-
-@dataclass
-class Apart:
-    """How far one output of two models lies apart, over all batches; summed in float64.
-
-    Args:
-        signal: sum of squares of the first model's values.
-        noise: sum of squares of the differences.
-        other: sum of squares of the second model's values.
-        product: sum of the products of both.
-        worst: largest difference.
-        elements: how many values.
-        broken: whether the second model gave NaN or infinity.
-    """
-
-    signal: float = 0.0
-    noise: float = 0.0
-    other: float = 0.0
-    product: float = 0.0
-    worst: float = 0.0
-    elements: int = 0
-    broken: bool = False
-
-    def add(self, first: Tensor, second: Tensor) -> None:
-        """Count one batch in."""
-        a, b = first.detach().double().flatten(), second.detach().double().flatten()
-        self.elements += a.numel()
-        if not torch.isfinite(b).all():
-            self.broken = True
-            return
-        self.signal += float(a @ a)
-        self.other += float(b @ b)
-        self.product += float(a @ b)
-        self.noise += float((a - b) @ (a - b))
-        if a.numel():
-            self.worst = max(self.worst, float((a - b).abs().max()))
-
-    @property
-    def sqnr(self) -> float:
-        """Signal to noise in dB; infinite where there is no difference."""
-        if self.broken:
-            return -math.inf
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the angle between both; 1 where both are zero."""
-        length = math.sqrt(self.signal * self.other)
-        return self.product / length if length else float(self.signal == self.other)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +41,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transform", metavar="MODULE:FUNCTION", help="makes batches of the data")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="split what files hold")
     parser.add_argument("--max-batches", type=positive, metavar="N", help="look at so many")
+    parser.add_argument(
+        "--worst", type=positive, metavar="N", help="also show the N ops that add most of the error"
+    )
     parser.add_argument("--min-sqnr", type=real, metavar="DB", help="exit with 1 if less, in dB")
     parser.add_argument(
         "--metric", metavar="MODULE:FUNCTION", help="f(model) gives a number, more is better"
@@ -108,62 +62,87 @@ def _run(arguments: argparse.Namespace) -> Answer:
     first = load_model(arguments.float, arguments, weights=arguments.weights).eval()
     second = load_model(arguments.int8, arguments).eval()
     found, batches = _measure(first, second, arguments)
-    failed = []
-    for place, apart in found.items():
-        if apart.broken:
-            failed.append(f"output {place}: the int8 model gives NaN or infinity")
-        elif arguments.min_sqnr is not None and apart.sqnr < arguments.min_sqnr:
-            failed.append(f"output {place}: {apart.sqnr:.2f} dB, less than {arguments.min_sqnr} dB")
-    rows = [
-        (place, f"{apart.sqnr:.2f}", f"{apart.cosine:.6f}", f"{apart.worst:.6g}", apart.elements)
-        for place, apart in found.items()
-    ]
-    columns = ("output", "SQNR dB", "cosine", "largest difference", "values")
-    lines = [table(columns, rows, right=columns[1:])]
+    rows = [(place, sums.elements, sums.agreement) for place, sums in found.items()]
+    lines = [_table(rows)]
+    failed = _failures(rows, arguments.min_sqnr)
+    ops = None
+    if arguments.worst is not None:
+        comparison = _ops(first, second, arguments)
+        ops = comparison.to_dict()["ops"]
+        lines += ["", comparison.table, "", *comparison.summary.splitlines()[1:]]
     scores = None
     if metric is not None:
-        scores = [_score(metric, arguments.metric, model) for model in (first, second)]
-        drop = scores[0] - scores[1]
-        lines.append(
-            f"\nmetric: {scores[0]:.6g} in float, {scores[1]:.6g} in int8, drop {drop:.6g}"
-        )
-        if arguments.max_drop is not None and drop > arguments.max_drop:
-            failed.append(f"the metric drops by {drop:.6g}, more than {arguments.max_drop:g}")
+        real, codes = (_score(metric, arguments.metric, model) for model in (first, second))
+        scores = {"float": real, "int8": codes, "drop": real - codes}
+        lines += ["", f"metric: {real:.6g} in float, {codes:.6g} in int8, drop {real - codes:.6g}"]
+        if arguments.max_drop is not None and real - codes > arguments.max_drop:
+            failed.append(
+                f"the metric drops by {real - codes:.6g}, more than {arguments.max_drop:g}"
+            )
     lines += [f"FAILED: {each}" for each in failed]
+    if failed and ops is None:
+        lines.append("--worst 10 shows the ops that add most of the error")
+    outputs = [_plain(*row) for row in rows]
     data = {
-        "batches": batches,
-        "outputs": [_plain(place, apart) for place, apart in found.items()],
-        "metric": None
-        if scores is None
-        else {"float": scores[0], "int8": scores[1], "drop": scores[0] - scores[1]},
-        "failed": failed,
-    }
+        "batches": batches, "outputs": outputs, "ops": ops, "metric": scores, "failed": failed,
+    }  # fmt: skip
     return Answer("\n".join(lines), data, Exit.CHECK if failed else Exit.OK)
 
 
-def _plain(place: str, apart: Apart) -> dict[str, Any]:
+def _table(rows: list[tuple[str, int, Agreement]]) -> str:
+    columns = ("output", "SQNR dB", "cosine", "largest difference", "values")
+    cells = [
+        (place, f"{made.sqnr:.2f}", f"{made.cosine:.6f}", f"{made.max_error:.6g}", count)
+        for place, count, made in rows
+    ]
+    return table(columns, cells, right=columns[1:])
+
+
+def _failures(rows: list[tuple[str, int, Agreement]], least: float | None) -> list[str]:
+    failed = []
+    for place, _, made in rows:
+        if math.isinf(made.max_error):
+            failed.append(f"output {place}: the int8 model gives NaN or infinity")
+        elif least is not None and made.sqnr < least:
+            failed.append(f"output {place}: {made.sqnr:.2f} dB, less than {least} dB")
+    return failed
+
+
+def _plain(place: str, count: int, made: Agreement) -> dict[str, Any]:
+    finite = not math.isinf(made.max_error)
     return {
         "output": place,
-        "equal": not (apart.noise or apart.broken),
-        "finite": not apart.broken,
-        "sqnr_db": apart.sqnr if math.isfinite(apart.sqnr) else None,
-        "cosine": apart.cosine,
-        "max_error": apart.worst,
-        "elements": apart.elements,
+        "equal": made.sqnr == math.inf,
+        "finite": finite,
+        "sqnr_db": made.sqnr if math.isfinite(made.sqnr) else None,
+        "cosine": made.cosine,
+        "max_error": made.max_error if finite else None,
+        "elements": count,
     }
+
+
+def _ops(first: nn.Module, second: nn.Module, arguments: argparse.Namespace) -> Comparison:
+    """The ops that add most of the error, on the same batches once more."""
+    data = load_data(arguments.data, arguments.batch_size)
+    transform = load_transform(arguments.transform)
+    with seeded(arguments.seed):
+        found = fxquant.compare(
+            first, second, data, transform=transform, max_batches=arguments.max_batches
+        )
+    return dataclasses.replace(found, rows=found.worst(arguments.worst))
 
 
 def _measure(
     first: nn.Module, second: nn.Module, arguments: argparse.Namespace
-) -> tuple[dict[str, Apart], int]:
+) -> tuple[dict[str, AgreementSums], int]:
     """Feed both the same batches, one at a time."""
     data = load_data(arguments.data, arguments.batch_size)
     if callable(data):
         raise ConfigError("--data runs the model itself: name a loader that gives batches")
     transform = load_transform(arguments.transform)
-    found: dict[str, Apart] = {}
+    found: dict[str, AgreementSums] = {}
     done = 0
-    with progress("comparing") as report, torch.no_grad():
+    with progress("comparing") as report, torch.no_grad(), seeded(arguments.seed):
         for done, item in enumerate(itertools.islice(data, arguments.max_batches), start=1):
             batch = item
             if transform is not None:
@@ -183,17 +162,16 @@ def _measure(
     return found, done
 
 
-def _add(found: dict[str, Apart], first: list[Tensor], second: list[Tensor]) -> None:
+def _add(found: dict[str, AgreementSums], first: list[Tensor], second: list[Tensor]) -> None:
     shapes = [[tuple(each.shape) for each in given] for given in (first, second)]
     if shapes[0] != shapes[1]:
         raise CalibrationError(f"the models give different outputs: {shapes[0]} and {shapes[1]}")
     for place, (a, b) in enumerate(zip(first, second, strict=True)):
-        if not torch.isfinite(a).all():
+        if torch.isnan(a).any():
             raise CalibrationError(
-                f"output {place} of the float model holds NaN or infinity: nothing can be measured "
-                "against that"
+                f"output {place} of the float model holds NaN: nothing can be measured against that"
             )
-        found.setdefault(str(place), Apart()).add(a, b)
+        found.setdefault(str(place), AgreementSums()).add(a, b)
 
 
 def _metric(spec: str | None) -> Callable[[nn.Module], Any] | None:

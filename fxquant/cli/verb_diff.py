@@ -6,10 +6,13 @@ import argparse
 from typing import Final
 
 import fxquant
+from fxquant.cli.data import load_data, load_transform
 from fxquant.cli.job import add_seed
 from fxquant.cli.models import add_trust, load_model
 from fxquant.cli.output import check_writable, write_text
+from fxquant.cli.parsing import positive
 from fxquant.cli.verb import Answer, Exit, Verb
+from fxquant.errors import ConfigError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +20,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "b", metavar="B", nargs="?", help="another; without it, A before and after quantization"
     )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="run float A and quantized B on it, and show the SQNR of what changed",
+    )
+    parser.add_argument("--transform", metavar="MODULE:FUNCTION", help="makes batches of the data")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="split what files hold")
+    parser.add_argument("--max-batches", type=positive, metavar="N", help="look at so many")
     parser.add_argument("--exit-code", action="store_true", help="exit with 1 if they differ")
     parser.add_argument("--only", metavar="PATH", help="only what is inside one module")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -28,20 +39,24 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     if arguments.output is not None:
         check_writable(arguments.output)
+    if arguments.data is not None and arguments.b is None:
+        raise ConfigError("--data is for two models: pass the float one and the quantized one")
     a, b = (
         None if spec is None else load_model(spec, arguments, weights=weights)
         for spec, weights in ((arguments.a, arguments.weights), (arguments.b, None))
     )
     assert a is not None  # argparse asks for it
-    found = fxquant.diff(a, b)
+    data = None if arguments.data is None else load_data(arguments.data, arguments.batch_size)
+    transform = load_transform(arguments.transform)
+    found = fxquant.diff(a, b, data=data, transform=transform, max_batches=arguments.max_batches)
     if arguments.only is not None:
         found = found.only(arguments.only)
     text = found.to_markdown() if arguments.markdown else str(found)
     if arguments.output is not None:
         write_text(arguments.output, text)
     code = Exit.CHECK if arguments.exit_code and found else Exit.OK
-    data = {"differ": bool(found), **found.to_dict()}
-    return Answer(text, data, code, marked=not arguments.markdown)
+    coloured = None if arguments.markdown else found.to_text(color=True)
+    return Answer(text, {"differ": bool(found), **found.to_dict()}, code, coloured)
 
 
 DIFF: Final = Verb(
@@ -52,5 +67,6 @@ DIFF: Final = Verb(
     examples=(
         "fxquant diff model.pt --trust-pickle --only layer1",
         "fxquant diff mymodels:old mymodels:new --exit-code",
+        "fxquant diff mymodels:build model.pt --trust-pickle --data held_out/",
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.cli import terminal, verb_bench
+from fxquant.cli import verb_bench
 from fxquant.cli.code import imported
-from fxquant.cli.verb_compare import Apart
 from fxquant.errors import ConfigError
 from tests.cli import models
 from tests.cli.command import Command, M
@@ -69,7 +67,7 @@ def test_diff_of_two_models(fx: Command) -> None:
     done = fx(*other)
     assert done.code == 1
     assert done.data["differ"] is True
-    assert {"kind", "path", "before", "after", "detail"} == set(done.data["changes"][0])
+    assert {"kind", "path", "before", "after", "detail", "sqnr"} == set(done.data["changes"][0])
 
 
 def test_diff_is_coloured_on_terminals_alone(fx: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +84,13 @@ def test_diff_is_coloured_on_terminals_alone(fx: Command, monkeypatch: pytest.Mo
     assert "\x1b[" not in fx("diff", Q).out
 
 
-def test_painting_keeps_the_text() -> None:
-    text = "+ added a: x\n    detail\n- removed b: y\nplain"
-    assert terminal.painted(text) == (
-        "\x1b[32m+ added a: x\x1b[0m\n    detail\n\x1b[31m- removed b: y\x1b[0m\nplain"
-    )
+def test_diff_with_data(fx: Command) -> None:
+    words = ("diff", f"{M}:build", Q, "--data", f"{M}:loader")
+    assert "SQNR" in fx(*words).out
+    measured = [change["sqnr"] for change in fx(*words, "--json").data["changes"]]
+    assert any(value is not None and value > 20 for value in measured)
+    assert fx("diff", Q, "--data", f"{M}:loader").code == 2
+    assert fx("diff", f"{M}:build", Q, "--max-batches", 1).code == 2
 
 
 def test_compare(fx: Command, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_compare(fx: Command, tmp_path: Path) -> None:
     words = ("compare", f"{M}:build", Q, "--data", tmp_path / "x.npy", "--batch-size", 8)
     assert fx(*words).code == 0
     data = fx(*words, "--json").data
-    assert list(data) == ["batches", "outputs", "metric", "failed"]
+    assert list(data) == ["batches", "outputs", "ops", "metric", "failed"]
     assert data["batches"] == 3
     (output,) = data["outputs"]
     # the same formula in one go: only the order of float64 sums differs
@@ -112,6 +112,23 @@ def test_compare(fx: Command, tmp_path: Path) -> None:
     assert output["elements"] == 3 * 8 * 4
     assert not output["equal"]
     assert fx(*PAIR, "--max-batches", 1, "--json").data["batches"] == 1
+
+
+def test_compare_names_the_worst_ops(fx: Command) -> None:
+    done = fx(*PAIR, "--worst", 1)
+    assert done.code == 0
+    assert "share" in done.out
+    data = fx(*PAIR, "--worst", 1, "--json").data
+    (op,) = data["ops"]
+    assert op["path"] in ("0", "2")
+    assert op["share"] > 0.2
+    # The loader draws its batches: both passes see the same ones, so that both tell the same.
+    assert fx(*PAIR, "--worst", 5, "--json").data["ops"][0] == op
+    same = fx("compare", f"{M}:build", f"{M}:build", "--data", f"{M}:loader", "--worst", 1)
+    assert same.code == 2
+    assert "not made by fxquant" in same.err
+    failed = fx(*PAIR, "--min-sqnr", 200).out
+    assert "--worst 10 shows" in failed
 
 
 def test_compare_of_a_model_with_itself(fx: Command) -> None:
@@ -170,19 +187,6 @@ def test_models_of_other_outputs_cannot_be_compared(fx: Command) -> None:
     done = fx("compare", f"{M}:build", f"{M}:Holder.made", "--data", f"{M}:loader")
     assert done.code == 4
     assert "different outputs: [(8, 4)] and [(8, 8)]" in done.err
-
-
-def test_distances_are_those_of_their_definitions() -> None:
-    apart = Apart()
-    apart.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
-    apart.add(torch.tensor([0.0]), torch.tensor([-1.0]))
-    assert apart.sqnr == pytest.approx(10 * math.log10(25.0 / 1.25))
-    assert apart.cosine == pytest.approx(27.0 / math.sqrt(25.0 * (9 + 20.25 + 1)))
-    assert (apart.worst, apart.elements) == (1.0, 3)
-    assert (Apart().sqnr, Apart().cosine) == (math.inf, 1.0)
-    zero = Apart()
-    zero.add(torch.zeros(2), torch.ones(2))
-    assert (zero.sqnr, zero.cosine) == (-math.inf, 0.0)
 
 
 def test_bench(fx: Command, tmp_path: Path, saved: Path) -> None:
