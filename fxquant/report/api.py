@@ -11,12 +11,12 @@ from torch.fx import GraphModule
 
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
-from fxquant.graph.diff import GraphDiff, GraphState, diff_states, graph_state
+from fxquant.graph.diff import GraphState, graph_state
 from fxquant.graph.settle import uncompiled
 from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
 from fxquant.report.compare import Comparison, compare_models
-from fxquant.report.diff import measured_noise
+from fxquant.report.diff import ModelDiff, diff_models, measured_noise
 from fxquant.report.explain import Explainer, Explanation
 from fxquant.report.history import History
 from fxquant.report.metered import Feed
@@ -92,7 +92,7 @@ def diff(
     data: Any = None,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
-) -> GraphDiff:
+) -> ModelDiff:
     """What has to change in ``a`` to get ``b``, node by node.
 
     Args:
@@ -118,16 +118,16 @@ def diff(
     if transform is not None or max_batches is not None:
         raise ConfigError("transform and max_batches are about data: pass data=... to diff() too")
     if b is not None:
-        return diff_states(_state(a, "a"), _state(b, "b"))
+        return diff_models(_state(a, "a"), _state(b, "b"))
     if isinstance(a, Snapshot | GraphState):
         raise ConfigError(
             f"diff() got one {type(a).__name__}: pass two, or one model that fxquant made"
         )
     snapshots = record_of(_model(a, "diff")).snapshots
-    return diff_states(snapshots[0].state, snapshots[-1].state)
+    return diff_models(snapshots[0].state, snapshots[-1].state)
 
 
-def _diff_with_noise(a: Comparable, b: Comparable | None, feed: Feed) -> GraphDiff:
+def _diff_with_noise(a: Comparable, b: Comparable | None, feed: Feed) -> ModelDiff:
     if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
         raise ConfigError(
             "diff() with data runs two models: pass the float model, what quantize() made of it, "
@@ -136,7 +136,7 @@ def _diff_with_noise(a: Comparable, b: Comparable | None, feed: Feed) -> GraphDi
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         noise = measured_noise(uncompiled(a), b, feed)
     snapshots = record_of(b).snapshots
-    return diff_states(snapshots[0].state, _state(b, "b")).with_noise(noise)
+    return diff_models(snapshots[0].state, _state(b, "b")).with_noise(noise)
 
 
 def compare(

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.counterparts import last_origins
 from fxquant.numerics.agreement import Agreement
 from fxquant.record import OpRecord, Record
+from fxquant.report.html.fragment import fragment
 from fxquant.report.meter import Measured
 from fxquant.report.metered import Feed, Metered, metered
 from fxquant.report.ops import runs_in
@@ -139,6 +140,15 @@ class Comparison:
         """The ops as a table in GitHub's Markdown, the worst first, and the summary."""
         rows = [_cells(row) for row in self.rows]
         return f"{markdown_table(_COLUMNS, rows, right=_NUMBERS)}\n\n{self.summary}"
+
+    @property
+    def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]]:
+        """The table as data: headers, rows of text, and which columns are numbers."""
+        return _COLUMNS, [_cells(row) for row in self.rows], _NUMBERS
+
+    def _repr_html_(self) -> str:
+        headers, rows, right = self.cells
+        return fragment(headers, rows, self.summary, right)
 
     def __str__(self) -> str:
         return f"{self.table}\n\n{self.summary}"

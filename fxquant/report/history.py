@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from fxquant.errors import ConfigError
-from fxquant.graph.diff import GraphDiff, diff_states
 from fxquant.graph.edit import Edit
 from fxquant.record import Record, Snapshot
+from fxquant.report.diff import ModelDiff, diff_models
+from fxquant.report.html.fragment import fragment
 from fxquant.report.tables import markdown_table, table
 
 _COLUMNS: Final = ("pass", "stage", "nodes", "edits", "rules", "ms")
@@ -83,14 +84,14 @@ class History:
         """
         return self._snapshots[self._place(name)].state.text
 
-    def diff(self, name: str) -> GraphDiff:
+    def diff(self, name: str) -> ModelDiff:
         """What a pass changed; empty for the capture.
 
         Raises:
             ConfigError: no pass has that name.
         """
         place = self._place(name)
-        return diff_states(self._snapshots[max(place - 1, 0)].state, self._snapshots[place].state)
+        return diff_models(self._snapshots[max(place - 1, 0)].state, self._snapshots[place].state)
 
     def near(self, rule: str | None = None) -> tuple[tuple[str, str, str], ...]:
         """Places where a rule nearly fitted.
@@ -144,6 +145,11 @@ class History:
         if misses:
             lines.append(f"\n{misses} near misses of rules: see .near()")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        misses = len(self.near())
+        notes = f"{misses} near misses of rules: see .near()" if misses else ""
+        return fragment(_COLUMNS, self._rows(), notes, _NUMBERS)
 
     def _rows(self) -> list[tuple[object, ...]]:
         return [

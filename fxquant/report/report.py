@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from fxquant.graph.info import QType
 from fxquant.graph.text import shown
 from fxquant.record import OpRecord, Record
+from fxquant.report.compare import Comparison
+from fxquant.report.html.fragment import fragment
+from fxquant.report.html.page import saved
+from fxquant.report.html.report_page import Card, Table, report_page
 from fxquant.report.ops import HALF, coverage, mac_coverage, runs_in
 from fxquant.report.tables import table
 
@@ -144,9 +149,74 @@ class Report:
     def __str__(self) -> str:
         return f"{self.table}\n\n{self.summary}" if self.ops else self.summary
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        comparison: Comparison | None = None,
+        title: str = "Quantization report",
+    ) -> str:
+        """One self-contained page: sizes, coverage, every op and why, and what calibration saw.
+
+        It works offline and runs nothing but its own script; names of modules are text in it.
+
+        Args:
+            path: the file to write, whole or not at all; ``None`` writes none.
+            comparison: what ``compare`` returned, to show where the error comes from.
+            title: the heading.
+
+        Returns:
+            The page.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        record = self._record
+        rows = [_cells(op) for op in self.ops]
+        tables: list[Table] = [("Ops", "", _COLUMNS, rows, _NUMBERS)]
+        if comparison is not None:
+            tables.insert(0, ("Where the error comes from", comparison.summary, *comparison.cells))
+        page = report_page(
+            title, _made_by(record), self._cards(), tables, record.observers, self.summary
+        )
+        return saved(page, path)
+
+    def _cards(self) -> list[Card]:
+        record = self._record
+        cards: list[Card] = [
+            ("ops converted", f"{self.coverage:.0%}", self.coverage, f"{len(self.ops)} ops")
+        ]
+        if any(op.int8 for op in self.ops):
+            work = f"{_short(sum(op.macs or 0 for op in self.ops))}MACs"
+            stored = f"{_short(sum(op.weights for op in self.ops))}elements"
+            in_codes = self.mac_coverage, self.weight_coverage
+            cards.append(("work in int8", f"{in_codes[0]:.1%}", in_codes[0], work))
+            cards.append(("weights in int8", f"{in_codes[1]:.1%}", in_codes[1], stored))
+        if record.bytes_before:
+            sizes = f"{_short(record.bytes_before)}B to {_short(record.bytes_after)}B"
+            cards.append(("size", f"{self.ratio:.1%}", min(self.ratio, 1.0), sizes))
+        if record.timing is not None and record.timing.float_ms:
+            timing = record.timing
+            times = f"{timing.float_ms:.3f} ms to {timing.quantized_ms:.3f} ms, batch 1"
+            ratio = timing.quantized_ms / timing.float_ms
+            cards.append(("time", f"{ratio:.2f}x", None, times))
+        return cards
+
+    def _repr_html_(self) -> str:
+        return fragment(_COLUMNS, [_cells(op) for op in self.ops], self.summary, _NUMBERS)
+
     def __repr__(self) -> str:
         int8 = sum(op.int8 for op in self.ops)
         return f"Report({int8} of {len(self.ops)} ops in int8)"
+
+
+def _short(number: int) -> str:
+    """A number in three or four digits, with the letter of its thousands."""
+    value, letters = float(number), ["", "k", "M", "G", "T"]
+    while value >= 1000 and len(letters) > 1:
+        value /= 1000
+        letters.pop(0)
+    return f"{value:.4g} {letters[0]}" if letters[0] else f"{number} "
 
 
 def _made_by(record: Record) -> str:

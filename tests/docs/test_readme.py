@@ -19,7 +19,8 @@ def blocks(language: str) -> list[str]:
 
 # Whether a toy is faster in int8 is measured, and depends on what else the machine is doing.
 @pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
-def test_python_blocks_run_in_order() -> None:
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they write files
     found = blocks("python")
     assert len(found) >= 3
     names: dict[str, object] = {"__name__": "readme"}
