@@ -37,6 +37,7 @@ from fxquant.errors import (
 )
 from fxquant.graph.held_state import state_kept
 from fxquant.graph.user_class import with_user_class, with_user_class_of
+from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import Observer
 from fxquant.progress import Progress, check_progress, showing
 from fxquant.recipes import (
@@ -47,8 +48,9 @@ from fxquant.record import record_of
 from fxquant.report.checks import check_coverage, check_half, check_speed
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
+from fxquant.trainable import build_trainable, check_trained
 
-_MODES: Final = ("static", "dynamic", "weight_only", "bfloat16")
+_MODES: Final = ("static", "dynamic", "qat", "weight_only", "bfloat16")
 _NEED_DATA: Final = ("static",)
 """Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
@@ -80,6 +82,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     min_coverage: float | None = None,
+    train: Callable[[nn.Module], object] | None = None,
     progress: Progress = None,
     strict: bool = False,
 ) -> GraphModule:
@@ -92,6 +95,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
             synthesised from BatchNorm statistics, with a warning.
         mode: ``"static"``: weights and activations in int8, ranges fixed by calibration;
             ``"dynamic"``: int8 weights, activations quantized row by row at run time, no data;
+            ``"qat"``: as static, trained by ``train`` with its rounding errors;
             ``"weight_only"``: linears and embeddings keep their weights in 8 bits (or 4, with
             ``qconfig="weight-only-int4"``) and compute in float, no data;
             ``"bfloat16"``: layers and products in bfloat16, the rest in float32, no data.
@@ -103,6 +107,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         transform: turns an item of ``calibration`` into what the model is fed.
         max_batches: how many batches to use.
         min_coverage: the least share of ops that must be int8, 0 to 1.
+        train: for mode ``"qat"``: a function that trains the model it is given, in place.
         progress: ``None`` shows calibration of more than two seconds where stderr is a terminal,
             ``True`` always, ``False`` never; a function is called with the number of batches
             done and the total, if known.
@@ -127,11 +132,15 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     check_mode(mode, _MODES)
     # The prepared model lives no longer than this call: it need not own a copy of the weights.
     wishes = replace(_wishes(mode, qconfig, overrides, patterns, strict), borrow=True)
+    _check_train(mode, train)
     model = unwrapped(model)
     check_model(model)
     feed = _Feed(calibration, transform, max_batches, progress)
     with torch.random.fork_rng(devices=[]):
-        prepared = _prepare_and_calibrate(model, example_inputs, wishes, feed)
+        prepared = _prepare_and_calibrate(model, example_inputs, wishes, feed, backend)
+        if train is not None:
+            prepared.train()
+            train(prepared)
         return convert(prepared, backend=backend, min_coverage=min_coverage)
 
 
@@ -146,7 +155,11 @@ class _Feed:
 
 
 def _prepare_and_calibrate(
-    model: nn.Module, example_inputs: Examples | None, wishes: Wishes, feed: _Feed
+    model: nn.Module,
+    example_inputs: Examples | None,
+    wishes: Wishes,
+    feed: _Feed,
+    backend: str,
 ) -> GraphModule:
     data, transform = feed.data, feed.transform
     if data is None and wishes.mode in _NEED_DATA:
@@ -155,8 +168,10 @@ def _prepare_and_calibrate(
     if example_inputs is None and data is not None:
         first = feeding.first_batch(data, transform, model=model)
         args, kwargs, data, transform = first.args or (), first.kwargs, first.replay, None
-    prepared = _prepare(model, args, kwargs, wishes)
-    watched = [m.path for m in prepared.modules() if isinstance(m, Observer)]
+    prepared = _prepare(model, args, kwargs, wishes, backend)
+    if wishes.mode == "qat" and data is None:
+        return prepared
+    watched = [m.path for m in prepared.modules() if isinstance(m, Observer | FakeQuantize)]
     if data is not None and (watched or wishes.mode in _NEED_DATA):
         calibrate(
             prepared,
@@ -203,7 +218,9 @@ def prepare(
 
     Args:
         model: a float32 model.
-        mode: ``"static"``, ``"dynamic"`` or ``"weight_only"``.
+        mode: ``"static"``, ``"dynamic"``, ``"weight_only"``, or ``"qat"``: then ops are
+            fake-quantized and the copy is to be trained; parameters keep the names and the order
+            they have, and the copy stays in the mode that ``model`` is in.
         example_inputs: one batch; lets rules see shapes (linear + batch norm needs it).
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float.
@@ -219,7 +236,7 @@ def prepare(
     check_mode(mode, _MODES)
     wishes = _wishes(mode, qconfig, overrides, patterns, strict)
     args, kwargs = split_example(example_inputs)
-    return _prepare(unwrapped(model), args, kwargs, wishes)
+    return _prepare(unwrapped(model), args, kwargs, wishes, backend)
 
 
 @_outside_inference_mode
@@ -270,6 +287,7 @@ def convert(
     """
     chosen = resolve_backend(backend)
     check_share(min_coverage)
+    prepared = unwrapped(prepared)
     record = record_of(prepared)
     if not isinstance(prepared, GraphModule) or record.backend:
         raise ConfigError("this model is converted already: pass what prepare() returned")
@@ -278,6 +296,8 @@ def convert(
         raise CalibrationError(
             "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
         )
+    if record.mode == "qat":
+        check_trained(prepared)
     with collector_paused():
         converted = with_user_class_of(lower(prepared, chosen), prepared)
         made = record_of(converted)
@@ -310,11 +330,32 @@ def _wishes(
     return Wishes(default, others, rules_of(patterns), strict, mode)
 
 
+def _check_train(mode: Mode, train: object) -> None:
+    if mode == "qat" and train is None:
+        raise ConfigError(
+            "mode 'qat' trains the model, and quantize() does not know how: pass train=, a "
+            "function that trains the model it is given; or call fxquant.prepare(model, "
+            "mode='qat'), train what that returns in your own loop, and call fxquant.convert"
+        )
+    if train is not None and (mode != "qat" or not callable(train)):
+        raise ConfigError(
+            f"train is a {type(train).__name__} with mode {mode!r}: it is a function of the "
+            "prepared model, and for mode 'qat' only"
+        )
+
+
 def _prepare(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wishes: Wishes
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wishes: Wishes,
+    backend: str,
 ) -> GraphModule:
     check_model(model)
     check_floats(model, args, kwargs)
+    if wishes.mode == "qat":
+        with torch.random.fork_rng(devices=[]), collector_paused():
+            return build_trainable(model, args, kwargs, wishes, resolve_backend(backend))
     if model.training:
         warn_user(
             "the model is in training mode; its copy is put in eval mode for quantization",

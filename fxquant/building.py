@@ -268,7 +268,9 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
 
     # After the summaries: the copy takes along the ranges they found.
     converted = _working_copy(prepared)
-    convert_recipe(backend).run(converted, made, watch=watch)
+    if record.mode == "qat":
+        converted.eval()
+    convert_recipe(backend, trained=record.mode == "qat").run(converted, made, watch=watch)
     made.ops = with_kernels(made.ops, converted.graph, backend.name)
     done: list[tuple[str, Record]] = []
     for part in record.parts[1:]:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from torch import nn
+
 from fxquant.backends.base import INT8_OPS, REASONS, Availability, Backend
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86
@@ -15,6 +17,7 @@ from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.adopt_products import AdoptProducts
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.annotate_recurrent import AnnotateRecurrent
+from fxquant.passes.base import Pass
 from fxquant.passes.call_kernels import CallKernels
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.cast_floats import CastFloats
@@ -24,13 +27,16 @@ from fxquant.passes.convert_dynamic import ConvertDynamic
 from fxquant.passes.convert_recurrent import ConvertRecurrent
 from fxquant.passes.convert_weights import ConvertWeights
 from fxquant.passes.decompose import Decompose
+from fxquant.passes.fake_quantize import InsertFakeQuants
 from fxquant.passes.fold_constants import FoldConstants
+from fxquant.passes.fold_trained import FoldTrained
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse import Fuse
 from fxquant.passes.lower import Lower
 from fxquant.passes.observe import Observe
 from fxquant.passes.open_attention import OpenAttention
 from fxquant.passes.place import Place
+from fxquant.passes.propose import Propose
 from fxquant.passes.read_ranges import ReadRanges
 from fxquant.passes.share_scales import ShareScales
 from fxquant.passes.split_output_size import SplitOutputSize
@@ -38,6 +44,7 @@ from fxquant.passes.split_padding import SplitPadding
 from fxquant.passes.unshare import Unshare
 from fxquant.patterns.builtin import FUSION_RULES
 from fxquant.patterns.rule import Rule
+from fxquant.patterns.trained import TRAINING_RULES
 from fxquant.pipeline import Pipeline
 from fxquant.spec import QConfig, Scheme
 
@@ -96,13 +103,65 @@ def prepare_recipe(
     )
 
 
-def convert_recipe(backend: Backend) -> Pipeline:
-    """From a calibrated graph to the backend's own ops."""
+def training_recipe(
+    qconfig: QConfig,
+    overrides: tuple[tuple[Selector, QConfig | None], ...],
+    patterns: tuple[Rule, ...],
+    ranks: Mapping[str, int],
+) -> Pipeline:
+    """From the graph captured for training to one whose ops are decided on.
+
+    Modules stay the user's own and are shared as they were; nothing that depends on a parameter
+    is computed beforehand.
+
+    Args:
+        qconfig: the default configuration.
+        overrides: selectors and what applies to them, in order.
+        patterns: fusion rules beside the built-in ones.
+        ranks: how many dimensions each input has, as far as that is known.
+    """
+    known = tuple(sorted(ranks.items()))
     return Pipeline(
         (
-            ReadRanges(),
-            ShareScales(),
-            Place(backend.costs),
+            Functionalize(),
+            SplitOutputSize(),
+            Canonicalize(),
+            SplitPadding(),
+            Decompose(known),
+            AdoptProducts(known),
+            AdoptNorms(),
+            Configure(qconfig, overrides),
+            OpenAttention(),
+            Fuse((*patterns, *TRAINING_RULES), known),
+            Annotate(INT8_OPS, REASONS, OTHER_OPS, trained=True),
+            AnnotateRecurrent(),
+        )
+    )
+
+
+def fake_quantize_recipe(
+    backend: Backend, droppers: Mapping[str, tuple[str, nn.Module]]
+) -> Pipeline:
+    """From decisions to a graph with fake-quants: ops that lose time on codes are trained in float.
+
+    Args:
+        backend: what the model will be converted for.
+        droppers: what drops at random in training, by the name of the node that calls it.
+    """
+    return Pipeline(
+        (Propose(), Place(backend.costs), InsertFakeQuants(backend.saturates_pairs, droppers))
+    )
+
+
+def convert_recipe(backend: Backend, *, trained: bool = False) -> Pipeline:
+    """From a calibrated graph, or a trained one, to the backend's own ops."""
+    start: tuple[Pass, ...] = (ReadRanges(), ShareScales(), Place(backend.costs))
+    if trained:
+        # What was trained on codes is deployed on them, with the scales it was trained with.
+        start = (FoldTrained(), ReadRanges(), ShareScales(joins=False))
+    return Pipeline(
+        (
+            *start,
             ConvertRecurrent(backend.costs, backend.saturates_pairs),
             ConvertWeights(),
             Convert(backend.saturates_pairs),

@@ -45,6 +45,8 @@ class QSpec:
             histogram, range chosen by mean squared error), ``"minmax"`` or ``"moving_average"``;
             ``"runtime"`` watches nothing and takes the range of the tensor itself in every call.
         group_size: how many weights share a scale where ``granularity`` is ``"group"``, else 0.
+        learned: whether mode ``"qat"`` trains the scale (and the zero point, if the spec is not
+            symmetric) with the weights, from where the first batch puts it; other modes ignore it.
 
     Raises:
         ConfigError: a field has a value that cannot work.
@@ -60,6 +62,7 @@ class QSpec:
     granularity: Granularity = "tensor"
     observer: ObserverKind = "histogram"
     group_size: int = 0
+    learned: bool = False
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, _DTYPES)
@@ -69,6 +72,13 @@ class QSpec:
             raise ConfigError(f"QSpec.bits is {self.bits!r}: it must be an integer from 2 to 8")
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"QSpec.symmetric is {self.symmetric!r}: it must be True or False")
+        if not isinstance(self.learned, bool):
+            raise ConfigError(f"QSpec.learned is {self.learned!r}: it must be True or False")
+        if self.learned and (self.observer == "runtime" or self.granularity in ("row", "group")):
+            raise ConfigError(
+                "QSpec.learned is True, and what is quantized at run time or by group has no scale "
+                "of its own to learn: use granularity='tensor' or 'channel'"
+            )
         self._check_granularity()
 
     def _check_granularity(self) -> None:

@@ -48,6 +48,7 @@ class Captured:
         bound: arguments of ``forward`` that were bound to a value.
         leaves: modules that stay the user's own code, by path in ``module``, and why.
         why: why not by symbolic tracing, where another way was used.
+        root: the copy that was traced, whose modules and parameters the graph module calls.
     """
 
     module: fx.GraphModule
@@ -55,6 +56,7 @@ class Captured:
     bound: dict[str, Any]
     leaves: tuple[tuple[str, str], ...] = ()
     why: str = ""
+    root: nn.Module | None = None
 
 
 def bind_arguments(
@@ -79,6 +81,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     evaluate: bool = False,
+    train: bool = False,
     strict: bool = False,
     borrow: bool = False,
 ) -> Captured:
@@ -92,6 +95,7 @@ def capture(
         args: positional example inputs, if there are any.
         kwargs: keyword example inputs.
         evaluate: whether the copy is put in eval mode first.
+        train: whether it is put in training mode first, unless it is in that mode already.
         strict: raise where a module would have to stay the user's own code.
         borrow: let the graph hold the very memory of the model's parameters where nothing writes
             to it, for a graph that does not outlive the call it is made in.
@@ -105,7 +109,8 @@ def capture(
         'torch.fx symbolic tracing'
     """
     binding = bind_example(model, args, kwargs or {})
-    climb = _Climb(model, args, kwargs or {}, binding, evaluate)
+    mode = False if evaluate else (True if train else None)
+    climb = _Climb(model, args, kwargs or {}, binding, mode)
     twins = borrowed(model) if borrow else {}
     if twins:
         with contextlib.suppress(WriteError):
@@ -122,12 +127,13 @@ class _Climb:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         binding: Binding,
-        evaluate: bool,
+        train: bool | None,
     ) -> None:
         self._model = model
         self._example = (args, kwargs)
         self._binding = binding
-        self._evaluate = evaluate
+        self._train = train
+        self._root: nn.Module | None = None
         self._leaves: dict[str, str] = {}
 
     def run(self, strict: bool, twins: dict[int, nn.Parameter] | None = None) -> Captured:
@@ -161,7 +167,8 @@ class _Climb:
 
     def _captured(self, module: fx.GraphModule, rung: str) -> Captured:
         leaves = tuple(self._leaves.items())
-        return Captured(module, rung, self._binding.bound, leaves, "; ".join(self._leaves.values()))
+        why = "; ".join(self._leaves.values())
+        return Captured(module, rung, self._binding.bound, leaves, why, self._root)
 
     def _after(self, error: Exception, where: str, strict: bool) -> Captured | None:
         """What to do about a failure: another way, or one more leaf (``None``)."""
@@ -169,7 +176,8 @@ class _Climb:
             raise TraceError(_explain(self._model, error, hint=True)) from error
         if not self._leaves and not runs(self._copy(), *self._example):
             # An example the model cannot take is calibration's to name; tracing needs none.
-            return Captured(self._without_example(error), SYMBOLIC, self._binding.bound)
+            made = self._without_example(error)
+            return Captured(made, SYMBOLIC, self._binding.bound, root=self._root)
         if not isinstance(error, ValueDependentError):
             exported = self._export()
             if exported is not None:
@@ -185,8 +193,11 @@ class _Climb:
         return None
 
     def _copy(self, twins: dict[int, nn.Parameter] | None = None) -> nn.Module:
-        root = copied(self._model, twins)
-        return root.eval() if self._evaluate else root
+        root = self._root = copied(self._model, twins)
+        if self._train is False:
+            return root.eval()
+        # What is frozen in a model that is training stays so.
+        return root.train() if self._train and not root.training else root
 
     def _export(self) -> fx.GraphModule | None:
         if self._leaves:

@@ -198,6 +198,7 @@ class Editor:
             integral=False,
             qtype=None,
             macs=None,
+            weight_scales=None,
             reads=None,
             writes=None,
         )

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
+from fxquant.graph.fills import fill_of
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
-from fxquant.spec import Scheme
+from fxquant.spec import QSpec, Scheme
 
 
 def moves_codes(node: Node) -> bool:
@@ -133,3 +134,32 @@ def is_join(node: Node) -> bool:
     if op is None or info(node).custom is not None:
         return False
     return op.kind is Kind.JOIN and not moves_codes(node)
+
+
+def sites(graph: Graph) -> dict[Node, QSpec]:
+    """The values to observe and how each will be quantized, in graph order."""
+    flow = Flow(graph)
+    found: dict[Node, QSpec] = {}
+    for unit in flow.arithmetic_units():
+        config = info(unit.head).config
+        if config is None or config.activation is None:
+            continue
+        for edge in unit.inputs:
+            found.setdefault(root_of(edge.source), config.activation)
+        calls = unit.custom is not None and unit.custom.kernel is not None
+        for output in unit.outputs:
+            # A kernel of the user's writes codes, whoever reads them.
+            if calls or flow.read_as_codes(output):
+                found.setdefault(output, config.result or config.activation)
+    for unit in flow.int8_units():
+        config = info(unit.head).config
+        # Should no code stand for the constant that it puts in, its readers need its range.
+        if config is None or config.activation is None:
+            continue
+        if fill_of(unit.output) and flow.read_as_codes(unit.output):
+            found.setdefault(unit.output, config.result or config.activation)
+    for value in found:
+        config = info(value).config
+        if wanted_int8(value) and config is not None and config.result is not None:
+            found[value] = config.result
+    return {node: found[node] for node in graph.nodes if node in found}

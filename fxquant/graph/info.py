@@ -136,6 +136,7 @@ class NodeInfo:
         opaque: why the op table has no canonical form for it.
         pinned: why its memory must stay as it is (something is written into it in place).
         part: what it is in the unit of a user's pattern; counts only while it has a ``unit``.
+        weight_scales: the scales its weight was trained with, one or one per channel.
     """
 
     path: str = ""
@@ -159,6 +160,7 @@ class NodeInfo:
     opaque: str = ""
     pinned: str = ""
     part: UnitPart | None = None
+    weight_scales: tuple[float, ...] | None = None
 
     @property
     def custom(self) -> CustomUnit | None:

@@ -61,20 +61,25 @@ def _restored(
     return made
 
 
-def _made(root: nn.Module, graph: Graph, name: str) -> UserModule:
-    made = UserModule(root, graph, name)
+def _made(
+    root: nn.Module, graph: Graph, name: str, kind: type[UserModule] = UserModule
+) -> UserModule:
+    made = kind(root, graph, name)
     made.train(root.training)
     return made
 
 
-def with_user_class(module: GraphModule, model: nn.Module) -> UserModule:
+def with_user_class(
+    module: GraphModule, model: nn.Module, kind: type[UserModule] = UserModule
+) -> UserModule:
     """``module`` as one that has the attributes and methods of ``model`` too.
 
     Args:
         module: the graph module; its submodules and tensors are taken over.
         model: the user's model. Its attributes that hold no module and no tensor are copied.
+        kind: the class of the result.
     """
-    made = _made(module, module.graph, type(module).__name__)
+    made = _made(module, module.graph, type(module).__name__, kind)
     made.meta = dict(module.meta)
     kept: dict[str, Any] = {_CLASS: class_name(type(model))}
     for name, value in vars(model).items():

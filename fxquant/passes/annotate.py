@@ -46,6 +46,8 @@ class Annotate(Pass):
         int8_ops: names of the ops that have an int8 form with ranges known beforehand.
         reasons: for ops without one, why not.
         other_ops: names of the ops that have one by another scheme, such as ``dynamic``.
+        trained: whether the graph is to be trained first: then norms are in training mode and
+            dropout is active, and in the int8 model neither is.
     """
 
     name: ClassVar[str] = "annotate"
@@ -54,6 +56,7 @@ class Annotate(Pass):
     int8_ops: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     other_ops: Mapping[Scheme, frozenset[str]] = field(default_factory=dict)
+    trained: bool = False
 
     def run(self, editor: Editor) -> None:
         """Decide unit by unit; calls the op table cannot read are decided one by one."""
@@ -132,14 +135,16 @@ class Annotate(Pass):
     def _no_form(self, op: Op, node: Node) -> str | None:
         if op.kind is Kind.SHAPE:
             return "it answers a question about a shape"
+        if self.trained and op.name == "dropout":
+            return None
         if op.name not in self.int8_ops:
             return self.reasons.get(op.name, f"{op.name} has no int8 form here")
-        return _changes(op, node)
+        return _changes(op, node, self.trained)
 
 
-def _changes(op: Op, node: Node) -> str | None:
+def _changes(op: Op, node: Node, trained: bool) -> str | None:
     """Why a call cannot read or write codes although its op can."""
-    if op.name == "batch_norm" and module_of(node).training:
+    if op.name == "batch_norm" and module_of(node).training and not trained:
         return "a batch norm in training mode changes with every batch"
     if op.name == "batch_norm" and getattr(module_of(node), "running_mean", None) is None:
         return "a batch norm without running statistics mixes the pictures of a batch"

@@ -32,8 +32,10 @@ from fxquant.graph.op_table import (
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import is_given, tensor_sources
-from fxquant.numerics.integer import fits_int32
+from fxquant.numerics.affine import quantize_weight
+from fxquant.numerics.integer import fits_int32, pair_saturates
 from fxquant.numerics.integer_weights import integer_weight
+from fxquant.numerics.qparams import QParams
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
 
@@ -117,11 +119,8 @@ class Convert(Pass):
         spec = config.weight if config is not None and config.weight is not None else DEFAULT_WEIGHT
         # A transposed weight is [in, out / groups, ...]: groups share the scale of a channel.
         axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-        key = (id(layer.weight), spec, axis)
-        if key not in cache:
-            fit = self.saturates_pairs and not _one_input(layer)
-            cache[key] = integer_weight(layer.weight.detach(), spec, axis, fit_pairs=fit)
-        codes, scale = cache[key]
+        fit = self.saturates_pairs and not _one_input(layer)
+        codes, scale = _cached(node, layer.weight, spec, axis, cache, fit)
         if not fits_int32(codes, 255, axis):
             self._refuse(editor, node)
             return
@@ -139,15 +138,13 @@ class Convert(Pass):
         table, why = layer.weight, _stays_float(editor, layer, config.weight is None)
         if why is None:
             spec = config.weight or DEFAULT_WEIGHT
-            key = (id(table), spec, 0)
-            if key not in cache:
-                cache[key] = integer_weight(table.detach(), spec, 0)
+            integers = _cached(node, table, spec, 0, cache, False)
             why, by = "its table is int8", info(node).configured_by
             with editor.rule("quantize-table"):
                 made: nn.Module = (
-                    IntegerEmbeddingBag(layer, *cache[key])
+                    IntegerEmbeddingBag(layer, *integers)
                     if isinstance(layer, nn.EmbeddingBag)
-                    else IntegerEmbedding(*cache[key])
+                    else IntegerEmbedding(*integers)
                 )
                 editor.set_module(str(node.target), made)
                 reads = (None,) * len(tensor_sources(node))
@@ -195,6 +192,32 @@ def _one_input(layer: Any) -> bool:
     if isinstance(layer, nn.modules.conv._ConvNd):
         return bool(layer.in_channels == layer.groups)
     return False
+
+
+def _cached(
+    node: Node, weight: Tensor, spec: QSpec, axis: int, cache: _Cache, fit_pairs: bool
+) -> tuple[Tensor, Tensor]:
+    """The integers of a weight: those it was trained with, where it was trained with some."""
+    key = (id(weight), spec, axis)
+    if key not in cache:
+        trained, found = info(node).weight_scales, weight.detach()
+        made = None if trained is None else _trained_integers(found, spec, axis, trained)
+        # Trained for one machine and deployed on another, whose kernels could not add them up.
+        if made is None or (fit_pairs and bool(pair_saturates(made[0], axis=axis).any())):
+            made = integer_weight(found, spec, axis, fit_pairs=fit_pairs)
+        cache[key] = made
+    return cache[key]
+
+
+def _trained_integers(
+    weight: Tensor, spec: QSpec, axis: int, scales: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """The codes of a weight that was trained to lie on the grid of ``scales``."""
+    scale = torch.tensor(scales, dtype=torch.float32)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    along = axis if spec.granularity == "channel" else None
+    qparams = QParams(scale, zero, spec.quant_min, spec.quant_max, torch.int8, along)
+    return quantize_weight(weight, qparams).contiguous(), scale
 
 
 def _stays_float(editor: Editor, layer: nn.Embedding | nn.EmbeddingBag, asked: bool) -> str | None:

@@ -14,15 +14,13 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.fills import fill_of
-from fxquant.graph.flow import Flow, root_of, wanted_int8
+from fxquant.graph.flow import sites
 from fxquant.graph.info import info
 from fxquant.graph.macs import shapes_needed
 from fxquant.graph.verify import Stage
 from fxquant.numerics.observers import make_observer
 from fxquant.numerics.shapes import ShapeRecorder
 from fxquant.passes.base import Pass
-from fxquant.spec import QSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Observe(Pass):
 
     def run(self, editor: Editor) -> None:
         """Inputs of every int8 op that computes, and its output if another one reads it."""
-        observed = sites(editor)
+        observed = sites(editor.graph)
         for value, spec in observed.items():
             path = info(value).path or value.name
             self._watch(editor, value, f"observer_{value.name}", make_observer(spec, path))
@@ -58,32 +56,3 @@ def _last_input(value: Node) -> Node:
     while value.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
     return node
-
-
-def sites(editor: Editor) -> dict[Node, QSpec]:
-    """The values to observe and how each will be quantized, in graph order."""
-    flow = Flow(editor.graph)
-    found: dict[Node, QSpec] = {}
-    for unit in flow.arithmetic_units():
-        config = info(unit.head).config
-        if config is None or config.activation is None:
-            continue
-        for edge in unit.inputs:
-            found.setdefault(root_of(edge.source), config.activation)
-        calls = unit.custom is not None and unit.custom.kernel is not None
-        for output in unit.outputs:
-            # A kernel of the user's writes codes, whoever reads them.
-            if calls or flow.read_as_codes(output):
-                found.setdefault(output, config.result or config.activation)
-    for unit in flow.int8_units():
-        config = info(unit.head).config
-        # Should no code stand for the constant that it puts in, its readers need its range.
-        if config is None or config.activation is None:
-            continue
-        if fill_of(unit.output) and flow.read_as_codes(unit.output):
-            found.setdefault(unit.output, config.result or config.activation)
-    for value in found:
-        config = info(value).config
-        if wanted_int8(value) and config is not None and config.result is not None:
-            found[value] = config.result
-    return {node: found[node] for node in editor.graph.nodes if node in found}

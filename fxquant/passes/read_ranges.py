@@ -6,6 +6,7 @@ back to float with that reason.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +14,13 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import Flow, root_of
+from fxquant.graph.flow import Flow, rescaled_by, root_of, wanted_int8
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.macs import count_macs
 from fxquant.graph.op_table import module_of
 from fxquant.graph.verify import Stage
+from fxquant.graph.view import tensor_sources
+from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import Observer
 from fxquant.numerics.qparams import QParams
 from fxquant.numerics.shapes import ShapeRecorder
@@ -50,14 +53,18 @@ class ReadRanges(Pass):
             if node.op != "call_module":
                 continue
             watcher = module_of(node)
-            if not isinstance(watcher, Observer | ShapeRecorder):
+            if not isinstance(watcher, Observer | ShapeRecorder | FakeQuantize):
                 continue
             value = node.args[0]
             if isinstance(value, Node):
                 self._read(editor, value, watcher, missing)
             with editor.rule("erase-observer"):
-                editor.erase(node)
+                if node.users and isinstance(value, Node):
+                    editor.replace(node, value)
+                else:
+                    editor.erase(node)
         editor.drop_unused_modules()
+        self._rescale(editor)
         for node in editor.graph.nodes:
             editor.note_values(node, macs=count_macs(node, lambda value: info(value).shape))
         self._settle(editor, missing)
@@ -66,7 +73,7 @@ class ReadRanges(Pass):
     def _read(editor: Editor, value: Node, observer: nn.Module, missing: dict[Node, str]) -> None:
         if isinstance(observer, ShapeRecorder):
             editor.note_values(value, shape=observer.first_shape)
-        elif not isinstance(observer, Observer):
+        elif not isinstance(observer, Observer | FakeQuantize):
             return
         elif not observer.floating:
             missing[value] = f"%{value.name} is not a floating-point tensor"
@@ -75,7 +82,21 @@ class ReadRanges(Pass):
         else:
             with editor.rule("read-range"):
                 qtype = to_qtype(observer.qparams())
-                editor.annotate(value, qtype=qtype, shape=observer.first_shape)
+                shape = getattr(observer, "first_shape", None) or info(value).shape
+                editor.annotate(value, qtype=qtype, shape=shape)
+
+    @staticmethod
+    def _rescale(editor: Editor) -> None:
+        """What was trained without a rounding of its own has the codes of what it scales."""
+        for node in editor.graph.nodes:
+            factor, own = rescaled_by(node), info(node).qtype
+            if factor is None or own is not None or not wanted_int8(node):
+                continue
+            base = info(root_of(tensor_sources(node)[0])).qtype
+            if base is not None:
+                with editor.rule("read-range"):
+                    scaled = dataclasses.replace(base, scale=base.scale * factor)
+                    editor.annotate(node, qtype=scaled)
 
     @staticmethod
     def _settle(editor: Editor, missing: dict[Node, str]) -> None:

@@ -73,11 +73,16 @@ class _Groups:
 
 @dataclass(frozen=True)
 class ShareScales(Pass):
-    """Give the inputs and the output of every join one scale where ranges agree within 2x."""
+    """Give the inputs and the output of every join one scale where ranges agree within 2x.
+
+    Args:
+        joins: whether to do so; scales that a model was trained with stay as they are.
+    """
 
     name: ClassVar[str] = "share-scales"
     needs: ClassVar[Stage] = Stage.MEASURED
     gives: ClassVar[Stage] = Stage.MEASURED
+    joins: bool = True
 
     def run(self, editor: Editor) -> None:
         """Build the groups join by join, in graph order, then write their scales."""
@@ -86,7 +91,7 @@ class ShareScales(Pass):
         for unit in Flow(editor.graph).int8_units():
             node = unit.output
             own = info(node).qtype
-            if not is_join(node) or own is None:
+            if not self.joins or not is_join(node) or own is None:
                 continue
             groups.add(node, own)
             for source in tensor_sources(node):

@@ -1,0 +1,121 @@
+"""A graph module for training: under the user's names, in the user's order, with all their modules.
+
+torch.fx keeps the modules that a graph calls, in the order of the calls. Optimizers and
+checkpoints go by the order and the names that the user's model has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Final
+
+from torch import nn
+from torch.fx import Node
+
+from fxquant.graph.trained_layers import is_trained_layer
+from fxquant.graph.user_class import UserModule
+
+_REGISTRIES: Final = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class TrainableModule(UserModule):
+    """A graph module whose modules are those of the user's model, whether or not called."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
+        made: TrainableModule = super().__deepcopy__(memo)
+        for name in _REGISTRIES:
+            # The copy is known by now: torch.fx has made it, and then looked for calls in it.
+            made.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        return made
+
+
+def adopt_tree(made: TrainableModule, root: nn.Module, model: nn.Module, home: str) -> None:
+    """Give ``made`` the modules of ``root``; what the user's model has not, moves to ``home``.
+
+    Args:
+        made: calls modules of ``root``, and others that were made for it.
+        root: the copy of the user's model that was traced.
+        model: the user's model; says which names are theirs, and what is in training mode.
+        home: where all others stand.
+    """
+    names = dict(model.named_modules())
+    for node in made.graph.nodes:
+        if node.op == "call_module":
+            _settle_module(made, root, node, names, home)
+        elif node.op == "get_attr":
+            _settle_tensor(made, model, node, home)
+    for path in [path for path, _ in root.named_modules() if path not in names]:
+        parent, _, leaf = path.rpartition(".")
+        if parent in names:
+            del root.get_submodule(parent)._modules[leaf]
+    for path, own in names.items():
+        twin = root.get_submodule(path)
+        if type(twin) is not type(own) and not is_trained_layer(twin):
+            twin.__class__ = type(own)  # it was opened up for tracing
+        twin.training = own.training
+    extra = made._modules.get(home) or nn.Module()
+    for name in _REGISTRIES:
+        made.__dict__[name] = root.__dict__[name]
+    made._modules[home] = extra.train(model.training)
+    made.training = model.training
+    made.recompile()
+
+
+def _settle_module(
+    made: nn.Module, root: nn.Module, node: Node, names: dict[str, nn.Module], home: str
+) -> None:
+    path = str(node.target)
+    if path.startswith(f"{home}."):
+        return
+    parent, _, leaf = path.rpartition(".")
+    module = made.get_submodule(path)
+    if path in names:
+        root.get_submodule(parent)._modules[leaf] = module
+        return
+    node.target = _put(made, home, path, module)
+
+
+def _settle_tensor(made: nn.Module, model: nn.Module, node: Node, home: str) -> None:
+    path = str(node.target)
+    if path.startswith(f"{home}.") or _stands(model, path):
+        return
+    parent, _, leaf = path.rpartition(".")
+    tensor = getattr(made.get_submodule(parent), leaf)
+    node.target = _put(made, home, path, tensor)
+
+
+def _put(made: nn.Module, home: str, path: str, value: Any) -> str:
+    """Put a module or tensor in ``home``; what is there already stays one."""
+    if not isinstance(made._modules.get(home), nn.Module):
+        made.add_module(home, nn.Module())
+    place = made.get_submodule(home)
+    for name in _free_names(path.replace(".", "_")):
+        found = getattr(place, name, None)
+        if found is None:
+            if isinstance(value, nn.Module):
+                place.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                place.register_parameter(name, value)
+            else:
+                place.register_buffer(name, value)
+        if found is None or found is value:
+            return f"{home}.{name}"
+    raise AssertionError("names never end")
+
+
+def _free_names(base: str) -> Iterator[str]:
+    yield base
+    count = 0
+    while True:
+        count += 1
+        yield f"{base}_{count}"
+
+
+def _stands(model: nn.Module, path: str) -> bool:
+    owner: Any = model
+    for part in path.split("."):
+        if not hasattr(owner, part):
+            return False
+        owner = getattr(owner, part)
+    return True

@@ -1,0 +1,179 @@
+"""Fake-quantize: values that will be codes, and weights that will be integers, are rounded.
+
+    relu(bn(conv(x)))   ->   fq(relu(bn(conv(fq(x), weight=fq(conv.weight)))))
+
+Fake-quants stand where static mode has ``quantize`` and ``dequantize``: readers on codes read
+through them, and so do readers in float of what is made on codes. A weight is read from the
+user's own module and given to it with the call, so that parameters keep their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from torch import nn
+from torch.fx import Node
+
+from fxquant.graph.edit import Editor
+from fxquant.graph.flow import rescaled_by, root_of, sites, wanted, wanted_int8
+from fxquant.graph.info import info
+from fxquant.graph.op_table import is_op, module_of, op_of
+from fxquant.graph.ops import Kind
+from fxquant.graph.trained_layers import take_given_weights
+from fxquant.graph.verify import Stage
+from fxquant.graph.view import tensor_sources
+from fxquant.numerics.fake_quantizer import FakeQuantize
+from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
+from fxquant.passes.base import Pass
+from fxquant.spec import QSpec
+
+HOME: Final = "fake_quant"
+"""Where all that fxquant adds to the user's modules stands."""
+
+
+@dataclass(frozen=True)
+class InsertFakeQuants(Pass):
+    """Insert one fake-quant per value and per weight.
+
+    Args:
+        saturates_pairs: whether kernels add products in pairs of 16 bits: then weights are
+            trained in 7 bits, with which no pair can pass them.
+        droppers: by the name of a node, the path of what drops at random in training (empty if it
+            has none yet), and the module.
+    """
+
+    name: ClassVar[str] = "fake-quantize"
+    needs: ClassVar[Stage] = Stage.MEASURED
+    gives: ClassVar[Stage] = Stage.OBSERVED
+    saturates_pairs: bool = False
+    droppers: Mapping[str, tuple[str, nn.Module]] = field(default_factory=dict)
+
+    def run(self, editor: Editor) -> None:
+        """Inputs and results of int8 ops, then weights, then what drops at random."""
+        with editor.rule("forget-proposals"):
+            for node in editor.graph.nodes:
+                editor.annotate(node, qtype=None)
+        found = sites(editor.graph)
+        for value, spec in found.items():
+            if not _has_codes_of_source(value, found):
+                _value(editor, value, spec)
+        for node in list(editor.graph.nodes):
+            self._weight(editor, node)
+        for node in list(editor.graph.nodes):
+            if node.name in self.droppers and is_op(
+                node, "dropout", "scaled_dot_product_attention"
+            ):
+                _dropper(editor, node, *self.droppers[node.name])
+
+    def _weight(self, editor: Editor, node: Node) -> None:
+        spec, layer = _weight_spec(node), _layer(node)
+        if spec is None or layer is None or not take_given_weights(layer):
+            return
+        weight = layer.get_parameter("weight")
+        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+        groups = int(getattr(layer, "groups", 1))
+        lone = isinstance(layer, nn.modules.conv._ConvNd) and layer.in_channels == groups
+        if self.saturates_pairs and spec.bits == 8 and not lone:
+            spec = dataclasses.replace(spec, bits=7)
+        path = str(node.target)
+        fake = FakeQuantizeWeight(
+            spec, path, tuple(weight.shape), int(transposed), groups if transposed else 1
+        )
+        with editor.rule("fake-quantize-weight"):
+            where = editor.add_module(f"{HOME}.{node.name}_weight", fake)
+            read = editor.get_attr(f"{path}.weight", like=node, before=node)
+            shares = fake.axis is None or (transposed and groups > 1)
+            factor = _factor(editor, node) if shares else None
+            args = (read,) if factor is None else (read, factor)
+            made = editor.call_module(where, args, like=node, before=node)
+            for each in (read, made):
+                editor.note_values(each, unit=None, decision=None, value="tensor", shape=None)
+            editor.set_call(node, node.target, node.args, {"weight": made})
+
+
+def _layer(node: Node) -> nn.Module | None:
+    return module_of(node) if node.op == "call_module" else None
+
+
+def _weight_spec(node: Node) -> QSpec | None:
+    """How the weight of a call is quantized, if it is and takes part in training."""
+    op, config = op_of(node), info(node).config
+    if op is None or config is None or config.weight is None:
+        return None
+    weight = config.weight
+    if weight.granularity == "group" or not weight.symmetric:
+        return None
+    if op.kind is Kind.CONTRACT:
+        return weight if wanted_int8(node) or wanted(node, "dynamic") else None
+    layer = _layer(node)
+    if not isinstance(layer, nn.Embedding) or config.activation is None:
+        return None
+    # Gradients with rows left out cannot be passed on to a table, nor rows be changed in place.
+    return None if layer.sparse or layer.max_norm is not None else weight
+
+
+def _factor(editor: Editor, node: Node) -> Node | None:
+    """What the batch norm of the unit multiplies each channel by; computed in every call."""
+    norm = _norm_of(node)
+    if norm is None:
+        return None
+    bn: Any = module_of(norm)
+    path = str(norm.target)
+    names = ("weight", "running_var")
+    read = [
+        editor.get_attr(f"{path}.{name}", like=node, before=node)
+        if getattr(bn, name) is not None
+        else None
+        for name in names
+    ]
+    made = editor.call(fold_factor, (*read, float(bn.eps)), like=node, before=node)
+    for each in (*read, made):
+        if each is not None:
+            editor.note_values(each, unit=None, decision=None, value="tensor", shape=None)
+    return made
+
+
+def _norm_of(node: Node) -> Node | None:
+    """The batch norm that belongs to the unit of a layer."""
+    label = info(node).unit
+    found = [u for u in node.users if is_op(u, "batch_norm") and info(u).unit == label]
+    return found[0] if label is not None and found else None
+
+
+def _has_codes_of_source(value: Node, made: Mapping[Node, QSpec]) -> bool:
+    """``x * 0.5`` has the codes of ``x``: its own rounding would be a second one."""
+    sources = tensor_sources(value)
+    return (
+        wanted_int8(value) and rescaled_by(value) is not None and wanted_int8(root_of(sources[0]))
+    )
+
+
+def _value(editor: Editor, value: Node, spec: QSpec) -> None:
+    label = info(value).unit
+    users = [u for u in value.users if label is None or info(u).unit != label]
+    readers = [u for u in users if wanted_int8(u) and value in tensor_sources(u)]
+    path = info(value).path or value.name
+    with editor.rule("fake-quantize"):
+        where = editor.add_module(f"{HOME}.{value.name}", FakeQuantize(spec, path))
+        last = value
+        while value.op == "placeholder" and last.next.op == "placeholder":
+            last = last.next
+        fake = editor.call_module(where, (value,), like=value, after=last)
+        editor.note_values(fake, unit=None, decision=None)
+        for user in users:
+            if user in readers or wanted_int8(value):
+                editor.replace_use(user, value, fake)
+
+
+def _dropper(editor: Editor, node: Node, path: str, dropper: nn.Module) -> None:
+    with editor.rule("drop-in-training"):
+        # The user's own module was taken out when its call became that of a function.
+        if not path or editor.free_path(path) == path:
+            path = editor.add_module(path or f"{HOME}.{node.name}", dropper)
+        attention = is_op(node, "scaled_dot_product_attention")
+        args, kwargs = (node.args, dict(node.kwargs)) if attention else (node.args[:1], {})
+        kwargs.pop("dropout_p", None)
+        editor.set_call(node, path, args, kwargs)
