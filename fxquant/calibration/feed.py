@@ -33,6 +33,7 @@ from fxquant.errors import (
     warn_user,
 )
 from fxquant.graph.held_state import state_kept
+from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import NonFiniteError, Observer
 
 Progress = Callable[[int, int | None], None]
@@ -220,13 +221,21 @@ def _calibrating(model: nn.Module, observers: list[Observer]) -> Generator[None]
         torch.set_grad_enabled(grad),
         state_kept(model),
     ):
+        fakes = [m for m in model.modules() if isinstance(m, FakeQuantize)]
         try:
+            # A model that is to be trained is watched as it is: not trained, in float.
+            if fakes:
+                model.eval()
             for observer in observers:
                 observer.enabled = True
+            for fake in fakes:
+                fake.calibrating = True
             yield
         finally:
             for observer in observers:
                 observer.enabled = False
+            for fake in fakes:
+                fake.calibrating = False
             for module, training in modes:
                 module.training = training
 

@@ -152,7 +152,7 @@ class FakeQuantize(FakeQuantizer):
             return x
         if self.observing and (self.training or self.calibrating) and x.numel():
             self._observe(x.detach())
-        if not self.quantizing:
+        if self.calibrating or not self.quantizing:
             return x
         count = x.numel() // x.shape[0] if x.dim() and x.shape[0] else 1
         return self._fake(x, self.scale, self.zero_point, count)  # type: ignore[return-value]  # T is Tensor here

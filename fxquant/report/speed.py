@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.held_state import state_kept
 from fxquant.graph.info import info
 from fxquant.graph.view import what
+from fxquant.numerics.fake_quantizer import FakeQuantizer
 from fxquant.numerics.observers import Observer
 from fxquant.record import Timing
 
@@ -44,25 +46,42 @@ def compare_speed(
     """Time both models in turns, a few rounds.
 
     Args:
-        prepared: the calibrated model; its observers are switched off meanwhile.
+        prepared: the calibrated model; its observers and fake-quants are off meanwhile.
         converted: the quantized model.
         inputs: what both are fed.
 
     Returns:
         The best milliseconds of each, or ``None`` if the model does not run on ``inputs``.
     """
-    observers = [m for m in prepared.modules() if isinstance(m, Observer) and m.enabled]
-    for observer in observers:
-        observer.enabled = False
     try:
-        with torch.no_grad(), state_kept(prepared, converted):
+        with torch.no_grad(), state_kept(prepared, converted), _as_float(prepared):
             return _compare(prepared, converted, inputs)
     except (RuntimeError, IndexError, ValueError):
         # A model that fixes its batch size in its code does not run at batch 1; then no check.
         return None
+
+
+@contextlib.contextmanager
+def _as_float(prepared: GraphModule) -> Generator[None]:
+    """Evaluation mode, with nothing watched and nothing fake-quantized; then all as before."""
+    modes = [(module, module.training) for module in prepared.modules()]
+    observers = [m for m in prepared.modules() if isinstance(m, Observer) and m.enabled]
+    fakes = [m for m in prepared.modules() if isinstance(m, FakeQuantizer)]
+    before = [(fake.observing, fake.quantizing) for fake in fakes]
+    try:
+        prepared.eval()
+        for observer in observers:
+            observer.enabled = False
+        for fake in fakes:
+            fake.observing = fake.quantizing = False
+        yield
     finally:
+        for fake, switches in zip(fakes, before, strict=True):
+            fake.observing, fake.quantizing = switches
         for observer in observers:
             observer.enabled = True
+        for module, training in modes:
+            module.training = training
 
 
 def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]) -> Timing:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.view import render
-from fxquant.passes.observe import Observe, sites
+from fxquant.passes.observe import Observe
 from fxquant.spec import QConfig, QSpec
 from tests.helpers import One, annotated, check_eager, fused, nodes, observers, run
 
