@@ -45,10 +45,10 @@ class AttentionDropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the function; ``dropout_p`` is decided by the mode."""
-        del dropout_p
-        return _ATTENTION(*args, dropout_p=self.p if self.training else 0.0, **kwargs)
+        kwargs["dropout_p"] = self.p if self.training else 0.0
+        return _ATTENTION(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """The probability, for ``print(model)``."""

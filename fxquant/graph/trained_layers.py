@@ -17,7 +17,7 @@ class _Conv(nn.modules.conv._ConvNd):
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """As the class's own, with another weight where one is given."""
         chosen = self.weight if weight is None else weight
-        made: Tensor = self._conv_forward(input, chosen, self.bias)  # type: ignore[operator]  # every convolution has one
+        made: Tensor = self._conv_forward(input, chosen, self.bias)
         return made
 
 
@@ -34,11 +34,28 @@ class TrainedConv3d(_Conv, nn.Conv3d):
 
 
 class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
-    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        output_size: list[int] | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """As the class's own, with another weight where one is given."""
-        chosen = self.weight if weight is None else weight
-        options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        made: Tensor = _TRANSPOSED[len(self.kernel_size)](input, chosen, self.bias, *options)
+        if weight is None:
+            plain: Tensor = super().forward(input, output_size)
+            return plain
+        dims = len(self.kernel_size)
+        extra = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]  # tuples are read as lists are
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            dims,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        options = (self.stride, self.padding, extra, self.groups, self.dilation)
+        made: Tensor = _TRANSPOSED[dims](input, weight, self.bias, *options)
         return made
 
 

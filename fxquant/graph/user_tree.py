@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.trained_layers import is_trained_layer
 from fxquant.graph.user_class import UserModule
@@ -22,8 +22,8 @@ _REGISTRIES: Final = ("_modules", "_parameters", "_buffers", "_non_persistent_bu
 class TrainableModule(UserModule):
     """A graph module whose modules are those of the user's model, whether or not called."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
-        made: TrainableModule = super().__deepcopy__(memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        made = super().__deepcopy__(memo)
         for name in _REGISTRIES:
             # The copy is known by now: torch.fx has made it, and then looked for calls in it.
             made.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)

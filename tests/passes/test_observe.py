@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.flow import sites
 from fxquant.graph.view import render
 from fxquant.passes.observe import Observe
 from fxquant.spec import QConfig, QSpec
@@ -23,7 +24,7 @@ WATCHERS = ("observer_", "shape_")
 
 def places(body: Body, **parts: Any) -> list[str]:
     module = annotated(One(body, **parts).eval(), X)
-    return [node.name for node in sites(Editor(module))]
+    return [node.name for node in sites(module.graph)]
 
 
 def conv() -> nn.Module:

@@ -75,13 +75,14 @@ def test_the_int8_model_is_the_fake_quantized_one(name: str, backend: str) -> No
     limit = 0.02 * float(wanted.abs().max())
     assert float((wanted - found).abs().max()) <= limit
     assert float((wanted - found).abs().median()) <= 1e-5
-    assert fxquant.report(quantized).coverage > 0.5
+    layers = [op for op in fxquant.report(quantized).ops if op.macs and op.weights]
+    assert len(layers) >= 2 and all(op.int8 for op in layers)
 
 
 def test_modules_stay_modules_and_modes_are_as_found() -> None:
     model = built("dense")
     model.get_submodule("bn").eval()
-    made = fxquant.prepare(model, mode="qat", example_inputs=(rows(),))
+    made: Any = fxquant.prepare(model, mode="qat", example_inputs=(rows(),))
     assert made.training and not made.bn.training
     assert (type(made.bn), type(made.drop), made.drop.p) == (nn.BatchNorm1d, nn.Dropout, 0.25)
     assert isinstance(made.first, nn.Linear)
