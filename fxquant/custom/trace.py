@@ -118,10 +118,12 @@ def trace_definition(
             "what a module must hold is asked in where="
         ) from error
     numbers = {p.name for p in parameters if p.kind == "number"}
-    for node in module.graph.nodes:
-        editor = Editor(module)
-        if node.op == "placeholder" and node.target in numbers:
-            node.args = (0.0,)  # what has a default is a number, for the op table too
-        if node.op == "call_module":
-            editor.note_values(node, held="tensor")
+    editor = Editor(module)
+    with editor.rule("read-definition"):
+        for node in module.graph.nodes:
+            if node.op == "placeholder" and node.target in numbers:
+                # What has a default is a number, for the op table too.
+                editor.set_args(node, (0.0,))
+            if node.op == "call_module":
+                editor.note_values(node, held="tensor")
     return canonicalize(module, known=True)
