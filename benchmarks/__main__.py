@@ -16,6 +16,7 @@ NAMES = (
     "dynamic",
     "weight_only",
     "matching",
+    "diff_page",
     "lowering_agreement",
 )
 

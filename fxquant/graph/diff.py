@@ -134,7 +134,7 @@ class GraphDiff:
     @property
     def summary(self) -> str:
         """One line: how many changes of each kind."""
-        kept = f"{self.unchanged} nodes unchanged"
+        kept = f"{self.unchanged} node{'s' * (self.unchanged != 1)} unchanged"
         if not self.changes:
             return f"no differences: {kept}"
         count = Counter(change.kind for change in self.changes)

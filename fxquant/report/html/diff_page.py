@@ -205,13 +205,13 @@ def _place_rows(blocks: list[dict[str, Any]], pills: list[dict[str, Any]]) -> in
     heights: dict[int, int] = {}
     for each in (*(b for b in blocks if not b["off"]), *pills):
         heights[each["layer"]] = max(heights.get(each["layer"], 0), each["h"])
-    top: dict[int, tuple[int, int]] = {}
+    rows: dict[int, tuple[int, int, int]] = {}
     y = 10
     for row, layer in enumerate(sorted(heights)):
-        top[layer] = (y, row)
+        rows[layer] = (y, row, y + heights[layer])
         y += heights[layer] + GAP
     for each in (*blocks, *pills):
-        each["y"], each["row"] = top.get(each["layer"], (0, 0))
+        each["y"], each["row"], each["floor"] = rows.get(each["layer"], (0, 0, 0))
     return y
 
 
@@ -244,13 +244,14 @@ def _edges(
 def _way(link: Link, source: dict[str, Any], target: dict[str, Any], left: int) -> str:
     x, y = source["x"] + WIDE // 2, source["y"] + source["h"]
     to_x, to_y = target["x"] + WIDE // 2, target["y"]
+    floor = source["floor"]  # of its whole row: a line across must not meet a taller neighbour
     if target["row"] == source["row"] + 1:
-        half = (to_y - y) // 2
-        return f"M{x} {y}C{x} {y + half} {to_x} {to_y - half} {to_x} {to_y - 2}"
+        half = (to_y - floor) // 2
+        return f"M{x} {y}V{floor}C{x} {floor + half} {to_x} {to_y - half} {to_x} {to_y - 2}"
     lane = max(0, link.lane)
     k = 7 + lane % 3 * 3
     across = left - LANE * (lane + 1)
-    return f"M{x - ASIDE} {y}V{y + k}H{across}V{to_y - k}H{to_x - ASIDE}V{to_y - 2}"
+    return f"M{x - ASIDE} {y}V{floor + k}H{across}V{to_y - k}H{to_x - ASIDE}V{to_y - 2}"
 
 
 Details: TypeAlias = tuple[int, str, list[tuple[str, str]], list[tuple[str, str, str]]]

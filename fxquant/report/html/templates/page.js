@@ -65,7 +65,7 @@
       if (g.classList.contains("off")) continue;
       const layer = number(g, "l"), x = number(g, "x");
       g.setAttribute("transform", `translate(${x},${top.get(layer)})`);
-      at.set(g, { x: x + WIDE / 2, y: top.get(layer), end: top.get(layer) + number(g, "h"), row: order.get(layer) });
+      at.set(g, { x: x + WIDE / 2, y: top.get(layer), end: top.get(layer) + number(g, "h"), floor: top.get(layer) + height.get(layer), row: order.get(layer) });
     }
     const drawn = new Set();
     for (const edge of edges) {
@@ -77,12 +77,12 @@
       if (off) continue;
       const a = at.get(source), b = at.get(target);
       if (b.row === a.row + 1) {
-        const half = (b.y - a.end) / 2;
-        edge.path.setAttribute("d", `M${a.x} ${a.end}C${a.x} ${a.end + half} ${b.x} ${b.y - half} ${b.x} ${b.y - 2}`);
+        const half = (b.y - a.floor) / 2;
+        edge.path.setAttribute("d", `M${a.x} ${a.end}V${a.floor}C${a.x} ${a.floor + half} ${b.x} ${b.y - half} ${b.x} ${b.y - 2}`);
       } else {
         const lane = Math.max(0, edge.lane), k = 7 + (lane % 3) * 3;
         const x = LEFT - LANE * (lane + 1);
-        edge.path.setAttribute("d", `M${a.x - ASIDE} ${a.end}V${a.end + k}H${x}V${b.y - k}H${b.x - ASIDE}V${b.y - 2}`);
+        edge.path.setAttribute("d", `M${a.x - ASIDE} ${a.end}V${a.floor + k}H${x}V${b.y - k}H${b.x - ASIDE}V${b.y - 2}`);
       }
     }
     svg.setAttribute("height", y);
