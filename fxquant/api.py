@@ -50,7 +50,7 @@ from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 from fxquant.trainable import build_trainable, check_trained
 
-_MODES: Final = ("static", "dynamic", "qat", "weight_only", "bfloat16")
+_MODES: Final = ("static", "dynamic", "qat", "weight_only", "bfloat16", "float16")
 _NEED_DATA: Final = ("static",)
 """Modes that find the ranges of activations on data."""
 P = ParamSpec("P")
@@ -98,7 +98,8 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
             ``"qat"``: as static, trained by ``train`` with its rounding errors;
             ``"weight_only"``: linears and embeddings keep their weights in 8 bits (or 4, with
             ``qconfig="weight-only-int4"``) and compute in float, no data;
-            ``"bfloat16"``: layers and products in bfloat16, the rest in float32, no data.
+            ``"bfloat16"`` and ``"float16"``: layers and products in 16 bits, the rest in float32,
+            no data.
         example_inputs: one batch, used for shapes; by default the first calibration batch.
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
@@ -302,7 +303,7 @@ def convert(
         converted = with_user_class_of(lower(prepared, chosen), prepared)
         made = record_of(converted)
         check_coverage(made, min_coverage)
-        check_half(made)
+        check_half(made, converted)
         check_speed(prepared, converted, made)
     return converted
 

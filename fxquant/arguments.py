@@ -163,19 +163,16 @@ def check_float_dtypes(*configs: QConfig | None) -> None:
     """Refuse float dtypes that no op would get: better than float32 without a word.
 
     Raises:
-        ConfigError: float16, or bfloat16 between int8 ops.
+        ConfigError: 16 bits beside a weight that is only stored.
     """
     for config in configs:
         if config is None or config.float_dtype == "float32":
             continue
-        if config.float_dtype == "float16":
+        if config.scheme == "weight_only":
             raise ConfigError(
-                "float_dtype='float16' is for GPUs, and no backend here runs on one: use bfloat16"
-            )
-        if config.scheme != "float":
-            raise ConfigError(
-                "float_dtype='bfloat16' beside an int8 weight, as in 'int8-bf16', is not there "
-                "yet: leave it out, or give single ops overrides={...: 'bfloat16'}"
+                f"float_dtype={config.float_dtype!r} beside a weight that is only stored as "
+                "integers is not there: leave it out, or give single ops "
+                f"overrides={{...: {config.float_dtype!r}}}"
             )
 
 

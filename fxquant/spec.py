@@ -130,7 +130,8 @@ class QConfig:
         weight: the spec of its weight; ``None`` leaves an op that has a weight in float.
         output: the spec of its result; the default ``"same"`` takes ``activation``, ``None``
             lets the op write float (its inputs and weight stay int8).
-        float_dtype: what the op computes in, and reads and writes, where it is not int8.
+        float_dtype: what the op computes in, and reads and writes, where it is not int8; what an
+            int8 layer writes for such readers.
 
     Raises:
         ConfigError: a field is neither a :class:`QSpec` nor one of the values above.
@@ -236,6 +237,11 @@ _OF_MODE: Final[dict[str, str]] = {
     "bfloat16": "bfloat16",
 }
 
+_BY_MODE: Final[dict[tuple[str, str], QConfig]] = {
+    ("int8-bf16", "dynamic"): QConfig(activation=ROWS, float_dtype="bfloat16"),
+}
+"""Presets that mean something else in a mode."""
+
 
 def resolve_qconfig(qconfig: QConfig | str | None, mode: Mode = "static") -> QConfig:
     """Turn what the user passed as ``qconfig=`` into a :class:`QConfig`.
@@ -252,6 +258,8 @@ def resolve_qconfig(qconfig: QConfig | str | None, mode: Mode = "static") -> QCo
     if isinstance(qconfig, QConfig):
         return qconfig
     if isinstance(qconfig, str):
+        if (qconfig, mode) in _BY_MODE:
+            return _BY_MODE[qconfig, mode]
         if qconfig in PRESETS:
             return PRESETS[qconfig]
         near = difflib.get_close_matches(qconfig, PRESETS, n=1)

@@ -3,6 +3,7 @@
 quantize(act(conv2d(dequantize(x), dequantize_weight(w), b)))           ->  X86Conv(x)
 quantize(relu(conv2d(...) + dequantize(y)))                             ->  X86ConvSum(x, y)
 act(linear(dequantize(x), dequantize_weight(w), b))                     ->  X86Linear(x), float
+cast(act(linear(...)), bfloat16)                                        ->  X86Linear(x), bfloat16
 """
 
 from __future__ import annotations
@@ -272,6 +273,8 @@ def _path(match: Match) -> str:
 def _lower(match: Match, editor: Editor) -> None:
     writes = info(match.root).writes if _name(match.root) == QUANTIZE else None
     module = _make(match, editor, writes, None)
+    if _name(match.root) == "cast":
+        module.write_real(torch.bfloat16)
     codes = picture_of(match) or match.node("dq").args[0]
     if isinstance(codes, Node):
         put(match, editor, module, (codes,), writes, path=_path(match), like=match.node("layer"))
@@ -375,6 +378,19 @@ LAYER_RULES: Final = (
         _lower,
         (kernel_takes,),
         priority=20,
+    ),
+    Rule(
+        "x86-layer-bfloat16",
+        op(
+            "cast",
+            op(ACTIVATIONS, _layer(), name="act", optional=True),
+            dtype=torch.bfloat16,
+            device=None,
+            like=None,
+        ),
+        _lower,
+        (kernel_takes,),
+        priority=10,
     ),
     Rule(
         "x86-layer-float",

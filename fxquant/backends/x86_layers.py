@@ -83,6 +83,7 @@ class X86Layer(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
         self.reads, self.writes, self.post = reads, writes, post
+        self.real = torch.float32
         # A relu whose kernel has none: codes below the zero point are the negative numbers.
         self.floor: int | None = None
         self._call: tuple[Any, ...] = ()
@@ -91,9 +92,14 @@ class X86Layer(nn.Module):
         """Rebuild what the kernel wants from the buffers."""
         raise TypeError(f"{type(self).__name__} does not define pack()")
 
+    def write_real(self, dtype: torch.dtype) -> None:
+        """Write ``dtype``, which is rounded to inside the kernel, instead of float32."""
+        self.real = dtype
+        self.pack()
+
     def _output(self) -> tuple[float, int, torch.dtype]:
         if self.writes is None:
-            return 1.0, 0, torch.float32
+            return 1.0, 0, self.real
         return self.writes.scale, self.writes.zero_point, self.writes.dtype
 
     def _ending(self, other: QType | None = None) -> tuple[Any, ...]:
@@ -119,7 +125,8 @@ class X86Layer(nn.Module):
     def extra_repr(self) -> str:
         """Shapes, types and post-op, for ``print(model)``."""
         after = f", {self.post.name}" if self.post.name != "none" else ""
-        return f"{tuple(self.weight.shape)}{after}, {self.reads} -> {self.writes or 'float32'}"
+        made = self.writes or str(self.real).removeprefix("torch.")
+        return f"{tuple(self.weight.shape)}{after}, {self.reads} -> {made}"
 
 
 class X86Conv(X86Layer):

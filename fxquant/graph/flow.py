@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
+import torch
 from torch.fx import Graph, Node
 
 from fxquant.graph.fills import fill_of
@@ -12,7 +14,7 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
-from fxquant.spec import QSpec, Scheme
+from fxquant.spec import FloatDtype, QSpec, Scheme
 
 
 def moves_codes(node: Node) -> bool:
@@ -69,9 +71,22 @@ def wanted(node: Node, scheme: Scheme) -> bool:
 
 
 def asks_half(node: Node) -> bool:
-    """Whether the op was asked to stay float, and to compute in bfloat16."""
+    """Whether the op was asked to stay float, and to compute in 16 bits."""
     config = info(node).config
-    return config is not None and config.scheme == "float" and config.float_dtype == "bfloat16"
+    return config is not None and config.scheme == "float" and config.float_dtype != "float32"
+
+
+def float_dtype(node: Node) -> torch.dtype:
+    """What the op was asked to compute in where it is not int8, or to write where it is."""
+    config = info(node).config
+    return _FLOATS[config.float_dtype] if config is not None else torch.float32
+
+
+_FLOATS: Final[dict[FloatDtype, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def root_of(node: Node) -> Node:

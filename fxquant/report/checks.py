@@ -50,12 +50,26 @@ def check_coverage(record: Record, least: float | None) -> None:
         )
 
 
-def check_half(record: Record) -> None:
-    """Say so where bfloat16 saves memory and costs time."""
-    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in _NATIVE]
-    if any(probe is not None and probe() for probe in probes):
+def check_half(record: Record, module: nn.Module) -> None:
+    """Say so where 16 bits save memory and cost time.
+
+    Args:
+        record: says what each op runs in.
+        module: the converted model.
+    """
+    devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+    if devices - {"cpu"}:
         return
-    if any(runs_in(op) == "bfloat16" for op in record.ops):
+    runs = {runs_in(op) for op in record.ops}
+    if "float16" in runs:
+        warn_user(
+            "processors compute float16 by way of float32: ops in float16 work here and take half "
+            "the memory, but are slower than in float32; float16 is for GPUs, bfloat16 for "
+            "processors that have it",
+            SpeedWarning,
+        )
+    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in _NATIVE]
+    if "bfloat16" in runs and not any(probe is not None and probe() for probe in probes):
         warn_user(
             "this processor has no bfloat16 instructions (AVX512-BF16 or AMX): ops in bfloat16 "
             "work here and take half the memory, but for more than a few rows at once they are "

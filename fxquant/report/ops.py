@@ -29,7 +29,8 @@ from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.numerics.stored_tables import StoredParts
 from fxquant.record import OpRecord
 
-HALF: Final = "bfloat16"
+HALVES: Final = ("bfloat16", "float16")
+"""What ops that are not int8 compute in where it is not float32."""
 _BOUNDARY = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, DEQUANTIZE_STORED, RUN_TIME)
 
 
@@ -68,8 +69,8 @@ def _is_cast(node: Node) -> bool:
 
 
 def runs_in(op: OpRecord) -> str:
-    """What an op computes in: ``int8``, ``bfloat16`` or ``float``."""
-    return "int8" if op.int8 else op.kernel if op.kernel == HALF else "float"
+    """What an op computes in: ``int8``, ``bfloat16``, ``float16`` or ``float``."""
+    return "int8" if op.int8 else op.kernel if op.kernel in HALVES else "float"
 
 
 def _is_question(unit: Unit) -> bool:
@@ -98,7 +99,7 @@ def _of_unit(unit: Unit) -> OpRecord:
         int8=int8,
         why=decision.why if decision is not None else "nothing decided",
         by=decision.by if decision is not None else "",
-        kernel="reference" if int8 else HALF if _in_half(unit) else "float",
+        kernel="reference" if int8 else _float_of(unit),
         reads=reads,
         weight=weight,
         writes=writes if int8 else None,
@@ -110,9 +111,12 @@ def _of_unit(unit: Unit) -> OpRecord:
     )
 
 
-def _in_half(unit: Unit) -> bool:
+def _float_of(unit: Unit) -> str:
+    """What a unit that is not int8 computes in."""
     decision = info(unit.head).decision
-    return decision is not None and decision.by == "cast-floats"
+    half = decision is not None and decision.by == "cast-floats"
+    config = info(unit.head).config
+    return config.float_dtype if half and config is not None else "float"
 
 
 def _of_opaque(node: Node) -> OpRecord:
@@ -203,7 +207,7 @@ def _parameters(node: Node) -> int:
 
 
 def coverage(ops: tuple[OpRecord, ...]) -> float:
-    """The share of ops that run in int8 or bfloat16, 0 to 1; a fused unit counts once."""
+    """The share of ops that run in int8 or 16 bits, 0 to 1; a fused unit counts once."""
     return sum(runs_in(op) != "float" for op in ops) / len(ops) if ops else 0.0
 
 

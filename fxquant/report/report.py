@@ -14,7 +14,7 @@ from fxquant.report.compare import Comparison
 from fxquant.report.html.fragment import fragment
 from fxquant.report.html.page import saved
 from fxquant.report.html.report_page import Card, Table, report_page
-from fxquant.report.ops import HALF, coverage, mac_coverage, runs_in
+from fxquant.report.ops import HALVES, coverage, mac_coverage, runs_in
 from fxquant.report.tables import table
 
 _COLUMNS: Final = (
@@ -131,10 +131,12 @@ class Report:
         if not self.ops:
             return ["nothing is converted yet: calibrate the model and call convert()"]
         int8 = sum(op.int8 for op in self.ops)
-        half = sum(runs_in(op) == HALF for op in self.ops)
+        halves = [(name, sum(runs_in(op) == name for op in self.ops)) for name in HALVES]
         lines = [f"int8: {int8} of {len(self.ops)} ops ({int8 / len(self.ops):.1%})"]
-        if half:
-            lines[0] = f"{HALF}: {half} of {len(self.ops)} ops, {lines[0]}"
+        said = [
+            f"{name}: {count} of {len(self.ops)} ops" for name, count in halves.items() if count
+        ]
+        lines[0] = ", ".join([*said, lines[0]])
         weights = sum(op.weights for op in self.ops)
         if weights:
             lines[0] += f", {self.weight_coverage:.1%} of {weights} weight elements"
