@@ -104,7 +104,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
         qconfig: the default configuration or the name of a preset.
         overrides: selector to configuration; ``None`` leaves the op in float. The last match wins.
         patterns: fusion patterns of your own: :class:`fxquant.Pattern` objects, in any iterable.
-        backend: ``"auto"``, ``"x86"`` or ``"reference"``.
+        backend: ``"auto"``, ``"x86"``, ``"cuda"`` or ``"reference"``.
         transform: turns an item of ``calibration`` into what the model is fed.
         max_batches: how many batches to use.
         min_coverage: the least share of ops that must be int8, 0 to 1.
@@ -278,7 +278,7 @@ def convert(
 
     Args:
         prepared: what :func:`prepare` returned, after :func:`calibrate`.
-        backend: ``"auto"``, ``"x86"`` or ``"reference"``.
+        backend: ``"auto"``, ``"x86"``, ``"cuda"`` or ``"reference"``.
         min_coverage: the least share of ops that must be int8, 0 to 1.
 
     Raises:
@@ -286,12 +286,13 @@ def convert(
         CalibrationError: it was not calibrated.
         LoweringError: nothing became int8, or less than ``min_coverage``.
     """
-    chosen = resolve_backend(backend)
+    resolve_backend(backend)
     check_share(min_coverage)
     prepared = unwrapped(prepared)
     record = record_of(prepared)
     if not isinstance(prepared, GraphModule) or record.backend:
         raise ConfigError("this model is converted already: pass what prepare() returned")
+    chosen = resolve_backend(backend, prepared, record.mode)
     observers = [m for m in prepared.modules() if isinstance(m, Observer)]
     if observers and not any(observer.seen for observer in observers):
         raise CalibrationError(

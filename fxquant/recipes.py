@@ -9,6 +9,7 @@ from typing import Final
 from torch import nn
 
 from fxquant.backends.base import INT8_OPS, REASONS, Availability, Backend
+from fxquant.backends.cuda import Cuda
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_pairs import has_vnni
@@ -48,11 +49,20 @@ from fxquant.patterns.trained import TRAINING_RULES
 from fxquant.pipeline import Pipeline
 from fxquant.spec import QConfig, Scheme
 
-_BACKENDS: Final[dict[str, Callable[[], Backend]]] = {"x86": X86, "reference": Reference}
-"""Fastest first: the order in which ``"auto"`` tries them."""
+_BACKENDS: Final[dict[str, Callable[[], Backend]]] = {
+    "x86": X86,
+    "cuda": Cuda,
+    "reference": Reference,
+}
+_ANYWHERE: Final = "reference"
+_ON: Final = {"cpu": ("x86", _ANYWHERE), "cuda": ("cuda", _ANYWHERE)}
+"""Fastest first: the order in which ``"auto"`` tries them, by where the model is."""
+_ONLY: Final = {"cuda": ("dynamic", "weight_only")}
+"""Modes that a backend has kernels for; the others have some for all."""
 
 _ABOUT: Final = {
     "x86": "torch's built-in oneDNN int8 operators",
+    "cuda": "torch's integer product for dynamic linears, for models on a GPU",
     "reference": "quantize and dequantize in float, every device, the numerical truth",
 }
 
@@ -183,17 +193,28 @@ def available_backends() -> tuple[Availability, ...]:
     return tuple(found)
 
 
-def resolve_backend(name: str) -> Backend:
+def resolve_backend(name: str, model: nn.Module | None = None, mode: str = "static") -> Backend:
     """The backend a user named, or the fastest that works here for ``"auto"``.
 
+    Args:
+        name: what the user passed.
+        model: what is to be converted: where it is decides what ``"auto"`` is.
+        mode: the mode it was prepared in, which decides that too.
+
     Raises:
-        ConfigError: no backend has that name, or it cannot run here.
+        ConfigError: no backend has that name, or it cannot run here, or not where the model is.
     """
     if not isinstance(name, str):
         raise ConfigError(f"backend is {name!r}: pass the name of a backend as a string")
     usable = [made for made in (make() for make in _BACKENDS.values()) if made.missing() is None]
+    device = _device(model)
     if name == "auto":
-        return usable[0]
+        order = [
+            known
+            for known in _ON.get(device, (_ANYWHERE,))
+            if known not in _ONLY or mode in _ONLY[known]
+        ]
+        return next(backend for known in order for backend in usable if backend.name == known)
     if name not in _BACKENDS:
         near = difflib.get_close_matches(name, _BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -206,4 +227,15 @@ def resolve_backend(name: str) -> Backend:
         raise ConfigError(
             f"backend {name!r} cannot run here: {why}. Available: {[b.name for b in usable]}"
         )
+    if name == "x86" and device != "cpu":
+        raise ConfigError(
+            f"the kernels of backend 'x86' read memory of the processor, and the model is on "
+            f"{device}: pass backend='auto', or model.cpu()"
+        )
     return backend
+
+
+def _device(model: nn.Module | None) -> str:
+    """The kind of device that the model's first tensor is on."""
+    held = () if model is None else (*model.parameters(), *model.buffers())
+    return next((tensor.device.type for tensor in held), "cpu")

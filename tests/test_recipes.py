@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from fxquant import recipes
 from fxquant.backends import x86
@@ -50,10 +54,36 @@ def test_passes_in_the_wrong_order_are_refused() -> None:
         Pipeline((steps[-1], steps[0]))
 
 
-def test_names_are_those_of_the_backends() -> None:
+def test_names_are_those_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, make in recipes._BACKENDS.items():
         assert make().name == name
         assert resolve_backend(name).name == name
+
+
+class _Elsewhere(nn.Module):
+    """Says that it is on another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """One tensor, as far as anybody asks."""
+        return iter([SimpleNamespace(device=self.device)])
+
+
+def test_auto_goes_by_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = _Elsewhere("cuda")
+    assert resolve_backend("auto", there, "dynamic").name == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for mode in ("dynamic", "weight_only"):
+        assert resolve_backend("auto", there, mode).name == "cuda"
+    assert resolve_backend("auto", there, "static").name == "reference"
+    assert resolve_backend("auto", nn.Linear(2, 2), "dynamic").name == "x86"
+    assert resolve_backend("auto", _Elsewhere("mps"), "dynamic").name == "reference"
+    with pytest.raises(ConfigError, match="the model is on cuda"):
+        resolve_backend("x86", there)
 
 
 def test_auto_is_the_fastest_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,20 +29,22 @@ from fxquant.patterns.rule import Rule
 from fxquant.spec import QSpec
 
 
-def _dynamic(layers: tuple[str, ...]) -> OpExpr:
+def at_run_time(layers: tuple[str, ...]) -> OpExpr:
+    """A layer with integer weights whose input is quantized at run time."""
     codes = op(RUN_TIME, var("x"), name="rows", shared=True)
     weight = op(DEQUANTIZE_WEIGHT, var("w"), var("scale"), name="dqw", shared=True)
     return op(layers, codes, weight, var("bias"), name="layer")
 
 
-def _spec(rows: Node) -> QSpec:
+def spec_of(rows: Node) -> QSpec:
+    """How a ``quantize_at_run_time`` quantizes."""
     dtype, bits, symmetric, per_row = (
         argument(rows, name) for name in ("dtype", "bits", "symmetric", "per_row")
     )
     return runtime_spec(dtype, bits, symmetric, "row" if per_row else "tensor", "runtime")
 
 
-def _call(
+def call_layer(
     editor: Editor, module: nn.Module, rows: Node, layers: list[Node], value: str = "tensor"
 ) -> Node:
     """Call ``module`` on what is quantized, where the first of ``layers`` stands."""
@@ -74,7 +76,9 @@ def _path(layer: Node) -> str:
 def _lower_conv(match: Match, editor: Editor) -> None:
     layer, rows = match.node("layer"), match.node("rows")
     parts = tensors_of(layer, editor)
-    made = _call(editor, X86DynamicConv(*parts, _spec(rows), geometry_of(layer)), rows, [layer])
+    made = call_layer(
+        editor, X86DynamicConv(*parts, spec_of(rows), geometry_of(layer)), rows, [layer]
+    )
     editor.replace(layer, made, *match.nodes[1:])
 
 
@@ -83,12 +87,12 @@ def _lower_linear(match: Match, editor: Editor) -> None:
     shared = [user for user in rows.users if _is_dynamic_linear(user) and _may_be_view(user)]
     together = [node for node in editor.graph.nodes if node in shared]
     layers = together if match.root in shared else [match.root]
-    module = _stacked([tensors_of(layer, editor) for layer in layers], _spec(rows))
+    module = _stacked([tensors_of(layer, editor) for layer in layers], spec_of(rows))
     if len(layers) == 1:
-        made = _call(editor, module, rows, layers)
+        made = call_layer(editor, module, rows, layers)
         editor.replace(match.root, made, *match.nodes[1:])
         return
-    made = _call(editor, module, rows, layers, "tensors")
+    made = call_layer(editor, module, rows, layers, "tensors")
     for place, layer in enumerate(layers):
         part = editor.call(op_named("getitem"), (made, place), like=layer, before=layer)
         editor.annotate(
@@ -130,6 +134,6 @@ def _stacked(parts: list[tuple[Tensor, Tensor, Tensor | None]], spec: QSpec) -> 
 
 
 DYNAMIC_RULES: Final = (
-    Rule("x86-dynamic-linear", _dynamic(("linear",)), _lower_linear),
-    Rule("x86-dynamic-conv", _dynamic(CONVS), _lower_conv),
+    Rule("x86-dynamic-linear", at_run_time(("linear",)), _lower_linear),
+    Rule("x86-dynamic-conv", at_run_time(CONVS), _lower_conv),
 )

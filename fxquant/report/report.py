@@ -133,9 +133,7 @@ class Report:
         int8 = sum(op.int8 for op in self.ops)
         halves = [(name, sum(runs_in(op) == name for op in self.ops)) for name in HALVES]
         lines = [f"int8: {int8} of {len(self.ops)} ops ({int8 / len(self.ops):.1%})"]
-        said = [
-            f"{name}: {count} of {len(self.ops)} ops" for name, count in halves.items() if count
-        ]
+        said = [f"{name}: {count} of {len(self.ops)} ops" for name, count in halves if count]
         lines[0] = ", ".join([*said, lines[0]])
         weights = sum(op.weights for op in self.ops)
         if weights:

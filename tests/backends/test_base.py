@@ -9,6 +9,7 @@ import torch
 
 from fxquant.backends import x86
 from fxquant.backends.base import INT8_OPS, MEASURED, Availability, Backend, Cost
+from fxquant.backends.cuda import Cuda
 from fxquant.backends.reference import Reference
 from fxquant.backends.x86 import X86
 from fxquant.graph.op_table import op_named, op_names
@@ -45,7 +46,7 @@ def test_ops_with_an_int8_form_exist_and_the_rest_is_float() -> None:
             assert name not in INT8_OPS
 
 
-@pytest.mark.parametrize("backend", (X86(), Reference()), ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", (X86(), Cuda(), Reference()), ids=lambda b: b.name)
 def test_backends_keep_the_protocol(backend: Backend) -> None:
     names = [rule.name for rule in backend.rules]
     assert len(set(names)) == len(names)
