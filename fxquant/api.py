@@ -10,6 +10,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxquant import calibration as feeding
 from fxquant.arguments import (
@@ -46,6 +47,7 @@ from fxquant.recipes import (
 )
 from fxquant.record import record_of
 from fxquant.report.checks import check_coverage, check_half, check_speed
+from fxquant.report.speed import in_order
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
 from fxquant.trainable import build_trainable, check_trained
@@ -198,9 +200,14 @@ def _prepare_and_calibrate(
 
 
 def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run the example once, for the shapes that reports count work with."""
+    """Run the example once, for the shapes that reports count work with, and keep it to time."""
     with torch.no_grad(), state_kept(prepared):
         prepared(*args, **kwargs)
+    record = record_of(prepared)
+    if record.mode == "dynamic":
+        # Copies: a model may write into what it is fed, and is fed it several times.
+        own = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        record.inputs = in_order(prepared, *own)
 
 
 @_outside_inference_mode

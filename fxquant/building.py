@@ -93,7 +93,7 @@ def build(
     if len(record_of(module).parts) > 1:
         _check_overrides(module, wishes)
     if not _has_work(module):
-        raise nothing_int8(read_ops(module.graph))
+        raise nothing_int8(read_ops(module.graph), wishes.mode)
     return module.eval()
 
 
@@ -262,7 +262,7 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
 
     def watch(step: Pass, editor: Editor) -> None:
         if step.name == "read-ranges":
-            made.inputs = example_of(editor.module)
+            made.inputs = example_of(editor.module) or record.inputs
         if step.name in ("convert", "cast-floats"):
             made.ops = read_ops(editor.graph)
 

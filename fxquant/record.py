@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.errors import ConfigError
@@ -63,6 +63,7 @@ class OpRecord:
         weights: number of weight elements.
         macs: multiply-accumulates on the first batch of calibration; ``None`` if not known.
         parts: the canonical ops, whatever it is called.
+        stored: whether its weight is integers, and it computes in float.
     """
 
     path: str
@@ -79,6 +80,7 @@ class OpRecord:
     weights: int = 0
     macs: int | None = None
     parts: str = ""
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Record:
         bytes_before: size of the float parameters and buffers.
         bytes_after: size of the converted parameters and buffers.
         timing: the speed check, when it ran.
-        inputs: random inputs for the speed check, only while converting.
+        inputs: what the speed check feeds, random or an example; only while converting.
     """
 
     mode: str
@@ -144,7 +146,7 @@ class Record:
     bytes_before: int = 0
     bytes_after: int = 0
     timing: Timing | None = None
-    inputs: tuple[Tensor, ...] | None = None
+    inputs: tuple[Any, ...] | None = None
 
 
 def attach(module: GraphModule, record: Record) -> None:

@@ -5,7 +5,7 @@
 
 Layers and products start a stretch of 16 bits, and so does what int8 layers write; moves,
 activations and additions go on with it where all they read is 16 bits. ``quantize`` reads either.
-Everything else reads float32, and so do the model's results; ``_FOLLOW`` says why.
+Everything else reads float32, and so do the model's results; ``_FLOAT32`` says why.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import float_dtype, wanted, wanted_int8
+from fxquant.graph.flow import asks_half, float_dtype, wanted, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import DEQUANTIZE, QUANTIZE, is_op, module_of, op_named, op_of
 from fxquant.graph.ops import Kind
@@ -38,12 +38,26 @@ _FOLLOW: Final = frozenset(
         *("hardswish", "hardsigmoid", "elu", "dropout", "add", "sub", "mul", "cat", "stack"),
     )
 )
-"""Each element depends on a few: the result is rounded once, as a layer's is.
+"""Each element depends on a few: the result is rounded once, as a layer's is."""
 
-Not here, and so in float32: norms, averages, sums, variances and norms of vectors, which add up
-many numbers; softmax by itself and exponentials, whose results span more than 16 bits tell apart;
-divisions and powers, which magnify the rounding of what they read.
-"""
+_SUMS: Final = "it adds up many numbers, and sums of 16 bits stop growing"
+_SPREAD: Final = "its results span more than 16 bits tell apart"
+_MAGNIFIES: Final = "it magnifies the rounding of what it reads"
+_FLOAT32: Final[dict[str, str]] = {
+    **dict.fromkeys(
+        ("layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "batch_norm"),
+        "its statistics are sums of squares, which 16 bits cannot hold",
+    ),
+    **dict.fromkeys(
+        ("mean", "sum", "var", "std", "norm", "vector_norm", "cumsum", "local_response_norm"), _SUMS
+    ),
+    **dict.fromkeys(
+        (f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)), _SUMS
+    ),
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "exp", "log"), _SPREAD),
+    **dict.fromkeys(("div", "pow", "sqrt", "rsqrt", "reciprocal", "addcdiv"), _MAGNIFIES),
+}
+"""Why ops that lose too much read and write float32."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class _Casts:
                     self._compute(node, float_dtype(node))
                 elif not is_op(node, QUANTIZE) and not _is_dynamic_layer(node):
                     self._read_float32(node)
+                    self._say_why(node)
 
     def _starts(self, node: Node) -> bool:
         """A layer with float32 parameters, or a product with a factor of 16 bits."""
@@ -164,6 +179,17 @@ class _Casts:
         for source in node.all_input_nodes:
             if source in self._half:
                 self._editor.replace_use(node, source, self._cast(source, torch.float32))
+
+    def _say_why(self, node: Node) -> None:
+        """What was asked for 16 bits and stays float32 has a reason of its own."""
+        op = op_of(node)
+        if op is None or op.kind is Kind.SHAPE or not asks_half(node):
+            return
+        why = _FLOAT32.get(
+            op.name, "what it reads or writes is float32, or not known to be 16 bits"
+        )
+        decision = Decision(False, f"it stays float32: {why}", "the table of 16-bit ops")
+        self._editor.annotate(node, decision=decision)
 
     def _cast(self, value: Node, dtype: torch.dtype) -> Node:
         key = (value, dtype)

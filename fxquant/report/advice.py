@@ -62,7 +62,7 @@ def advice(op: OpRecord) -> str:
         op: what became of it.
     """
     path = shown(op.path, _NAME) or "..."
-    if op.int8:
+    if op.int8 or op.by == "cast-floats":
         return f"overrides={{{path!r}: None}} leaves it in float"
     override = f"{path!r}: fxquant.QConfig()"
     if op.op == "matmul" and op.by == "place":

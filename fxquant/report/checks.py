@@ -25,11 +25,24 @@ def size_in_bytes(module: nn.Module) -> int:
     return sum(seen.values())
 
 
-def nothing_int8(ops: tuple[OpRecord, ...]) -> LoweringError:
-    """The error for a model in which nothing became int8, with the reasons."""
+_BECAME: Final = {
+    "bfloat16": "computes in bfloat16",
+    "float16": "computes in float16",
+    "weight_only": "can store its weight as integers",
+}
+_ARE: Final = {
+    "bfloat16": "compute in bfloat16",
+    "float16": "compute in float16",
+    "weight_only": "have stored weights",
+}
+"""In modes whose aim is not int8."""
+
+
+def nothing_int8(ops: tuple[OpRecord, ...], mode: str) -> LoweringError:
+    """The error for a model in which nothing became what its mode makes, with the reasons."""
     reasons = dict.fromkeys(f"{op.path or op.op} ({op.op}): {op.why}" for op in ops if not op.int8)
     listed = "\n".join(f"  {reason}" for reason in list(reasons)[:8]) or "  it has no float op"
-    return LoweringError(f"nothing in this model became int8:\n{listed}")
+    return LoweringError(f"nothing in this model {_BECAME.get(mode, 'became int8')}:\n{listed}")
 
 
 def check_coverage(record: Record, least: float | None) -> None:
@@ -39,14 +52,14 @@ def check_coverage(record: Record, least: float | None) -> None:
         LoweringError: lists what stayed float, and why.
     """
     if not any(runs_in(op) != "float" for op in record.ops):
-        raise nothing_int8(record.ops)
+        raise nothing_int8(record.ops, record.mode)
     share = coverage(record.ops)
     if least is not None and share < least:
         left = [f"  {op.path} ({op.op}): {op.why}" for op in record.ops if runs_in(op) == "float"]
         listed = "\n".join(left[:8])
         raise LoweringError(
-            f"{share:.0%} of the ops are int8, less than min_coverage={least:.0%}. "
-            f"In float:\n{listed}"
+            f"{share:.0%} of the ops {_ARE.get(record.mode, 'are int8')}, less than "
+            f"min_coverage={least:.0%}. In float:\n{listed}"
         )
 
 
@@ -80,10 +93,10 @@ def check_half(record: Record, module: nn.Module) -> None:
 
 def check_speed(prepared: GraphModule, converted: GraphModule, record: Record) -> None:
     """Measure both models once; a slower result is said, with the ops that cost most."""
-    if record.inputs is None or record.backend == "reference":
+    inputs, record.inputs = record.inputs, None
+    if inputs is None or record.backend == "reference":
         return
-    record.timing = compare_speed(prepared, converted, record.inputs)
-    record.inputs = None
+    record.timing = compare_speed(prepared, converted, inputs)
     timing = record.timing
     if timing is None or not timing.slowest:
         return
@@ -91,8 +104,9 @@ def check_speed(prepared: GraphModule, converted: GraphModule, record: Record) -
         f"{path} ({op}) {codes:.0f} us, {real:.0f} us in float"
         for path, op, codes, real in timing.slowest
     )
+    fed = "on the example inputs" if record.mode == "dynamic" else "at batch 1"
     warn_user(
-        f"the int8 model is slower than the float one at batch 1: {timing.quantized_ms:.3f} ms "
+        f"the int8 model is slower than the float one {fed}: {timing.quantized_ms:.3f} ms "
         f"against {timing.float_ms:.3f} ms. What costs most: {worst}. Small layers gain nothing "
         "from int8: leave them in float with overrides={...: None}",
         SpeedWarning,

@@ -21,7 +21,7 @@ from fxquant.graph.text import shown
 from fxquant.passes.configure import Selector, predicate
 from fxquant.record import OpRecord, Record
 from fxquant.report.advice import advice
-from fxquant.report.ops import read_ops
+from fxquant.report.ops import read_ops, runs_in
 
 _NAME: Final = 80
 _SENTENCE: Final = 400
@@ -36,7 +36,8 @@ class OpExplanation:
     Args:
         path: where it stands in the user's model.
         op: the canonical ops of its unit, or the name of the user's pattern.
-        int8: whether it computes on codes; ``None`` where it is no op of the result.
+        int8: whether it computes on codes or has a weight of integers; ``None`` where it is no op
+            of the result.
         why: one sentence.
         by: the rule, override, pass or backend that decided.
         change: what would change that.
@@ -45,6 +46,8 @@ class OpExplanation:
         kernel: what runs it; empty before it is converted.
         source: the user's line.
         members: paths of all that became this op.
+        runs: ``int8``, ``bfloat16``, ``float16``, ``stored`` (in float, with a weight of integers),
+            ``float``; empty where it is no op of the result.
     """
 
     path: str
@@ -58,9 +61,10 @@ class OpExplanation:
     kernel: str = ""
     source: str = ""
     members: tuple[str, ...] = ()
+    runs: str = ""
 
     def __str__(self) -> str:
-        runs = {True: "int8", False: "float", None: "no op to quantize"}[self.int8]
+        runs = "stored weights" if self.runs == "stored" else self.runs or "no op to quantize"
         lines = [
             f"{shown(self.path, _NAME) or '(the model)'} ({shown(self.op, _NAME)}): {runs}",
             f"  why      {shown(self.why, _SENTENCE)}",
@@ -227,6 +231,7 @@ class Explainer:
             op.kernel if self._record.backend else "",
             op.source,
             tuple(path for path in paths if path),
+            runs_in(op),
         )
 
     def _near(self, paths: dict[str, None]) -> tuple[tuple[str, str], ...]:

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch.fx import Graph, Node
 
+from fxquant.graph.flow import wanted
 from fxquant.graph.guards import is_plumbing
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
@@ -69,8 +70,13 @@ def _is_cast(node: Node) -> bool:
 
 
 def runs_in(op: OpRecord) -> str:
-    """What an op computes in: ``int8``, ``bfloat16``, ``float16`` or ``float``."""
-    return "int8" if op.int8 else op.kernel if op.kernel in HALVES else "float"
+    """What an op computes in: ``int8``, ``bfloat16``, ``float16`` or ``float``.
+
+    ``stored``: in float, with a weight of integers.
+    """
+    if op.int8:
+        return "stored" if op.stored else "int8"
+    return op.kernel if op.kernel in HALVES else "float"
 
 
 def _is_question(unit: Unit) -> bool:
@@ -108,6 +114,7 @@ def _of_unit(unit: Unit) -> OpRecord:
         weights=elements,
         macs=_macs(unit.nodes),
         parts=parts,
+        stored=wanted(unit.head, "weight_only"),
     )
 
 
@@ -207,14 +214,14 @@ def _parameters(node: Node) -> int:
 
 
 def coverage(ops: tuple[OpRecord, ...]) -> float:
-    """The share of ops that run in int8 or 16 bits, 0 to 1; a fused unit counts once."""
+    """The share of ops that run in int8, in 16 bits or with stored weights, 0 to 1."""
     return sum(runs_in(op) != "float" for op in ops) / len(ops) if ops else 0.0
 
 
 def mac_coverage(ops: tuple[OpRecord, ...]) -> float:
     """The share of the known multiply-accumulates that int8 ops do, 0 to 1; 1 where none is."""
     total = sum(op.macs or 0 for op in ops)
-    return sum(op.macs or 0 for op in ops if op.int8) / total if total else 1.0
+    return sum(op.macs or 0 for op in ops if runs_in(op) == "int8") / total if total else 1.0
 
 
 def with_kernels(ops: tuple[OpRecord, ...], graph: Graph, backend: str) -> tuple[OpRecord, ...]:

@@ -9,12 +9,12 @@ import torch
 
 from fxquant.graph.info import QType
 from fxquant.graph.text import shown
-from fxquant.record import OpRecord, Record
+from fxquant.record import OpRecord, Record, Timing
 from fxquant.report.compare import Comparison
 from fxquant.report.html.fragment import fragment
 from fxquant.report.html.page import saved
 from fxquant.report.html.report_page import Card, Table, report_page
-from fxquant.report.ops import HALVES, coverage, mac_coverage, runs_in
+from fxquant.report.ops import coverage, mac_coverage, runs_in
 from fxquant.report.tables import table
 
 _COLUMNS: Final = (
@@ -24,6 +24,19 @@ _COLUMNS: Final = (
 _NUMBERS: Final = ("MACs", "scale", "zero point")
 _MOST_PATHS: Final = 8
 _NAME: Final = 60
+_RUNS: Final = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "stored": "stored weights",
+    "int8": "int8",
+}
+"""What :func:`runs_in` says, for people."""
+_IN: Final = {
+    "bfloat16": "in bfloat16",
+    "float16": "in float16",
+    "stored": "with stored weights",
+    "int8": "in int8",
+}
 
 
 class Report:
@@ -48,7 +61,7 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """The share of ops that compute on int8 codes, 0 to 1.
+        """The share of ops that compute on int8 codes, in 16 bits or with stored weights, 0 to 1.
 
         Every op counts, those included that can only run in float; a fused unit counts once,
         and a question about a shape is no op.
@@ -57,7 +70,7 @@ class Report:
 
     @property
     def weight_coverage(self) -> float:
-        """The share of weight elements that belong to int8 ops, 0 to 1; 1 without weights."""
+        """The share of weight elements that are integers, 0 to 1; 1 without weights."""
         total = sum(op.weights for op in self.ops)
         return sum(op.weights for op in self.ops if op.int8) / total if total else 1.0
 
@@ -124,23 +137,21 @@ class Report:
         if record.unseen:
             lines.append(f"never reached by calibration: {_paths(record.unseen)}")
         if record.timing is not None:
-            lines.append(_speed(record.timing.float_ms, record.timing.quantized_ms))
+            lines.append(_speed(record, record.timing))
         return "\n".join(lines)
 
     def _coverage_lines(self) -> list[str]:
         if not self.ops:
             return ["nothing is converted yet: calibrate the model and call convert()"]
-        int8 = sum(op.int8 for op in self.ops)
-        halves = [(name, sum(runs_in(op) == name for op in self.ops)) for name in HALVES]
-        lines = [f"int8: {int8} of {len(self.ops)} ops ({int8 / len(self.ops):.1%})"]
-        said = [f"{name}: {count} of {len(self.ops)} ops" for name, count in halves if count]
-        lines[0] = ", ".join([*said, lines[0]])
+        every, counts = len(self.ops), self._counts()
+        said = [f"{_RUNS[kind]}: {n} of {every} ops ({n / every:.1%})" for kind, n in counts]
         weights = sum(op.weights for op in self.ops)
-        if weights:
-            lines[0] += f", {self.weight_coverage:.1%} of {weights} weight elements"
+        if weights and self.weight_coverage:
+            said.append(f"{self.weight_coverage:.1%} of {weights} weight elements")
         macs = sum(op.macs or 0 for op in self.ops)
-        if macs:
-            lines[0] += f", {self.mac_coverage:.1%} of {macs} multiply-accumulates"
+        if macs and self.mac_coverage:
+            said.append(f"{self.mac_coverage:.1%} of {macs} multiply-accumulates")
+        lines = [", ".join(said)]
         before, after = self._record.bytes_before, self._record.bytes_after
         if before and after:
             lines.append(f"size: {before} -> {after} bytes ({self.ratio:.3f}x)")
@@ -190,14 +201,15 @@ class Report:
             work = f"{_short(sum(op.macs or 0 for op in self.ops))}MACs"
             stored = f"{_short(sum(op.weights for op in self.ops))}elements"
             in_codes = self.mac_coverage, self.weight_coverage
-            cards.append(("work in int8", f"{in_codes[0]:.1%}", in_codes[0], work))
-            cards.append(("weights in int8", f"{in_codes[1]:.1%}", in_codes[1], stored))
+            if in_codes[0]:
+                cards.append(("work in int8", f"{in_codes[0]:.1%}", in_codes[0], work))
+            cards.append(("weights as integers", f"{in_codes[1]:.1%}", in_codes[1], stored))
         if record.bytes_before:
             sizes = f"{_short(record.bytes_before)}B to {_short(record.bytes_after)}B"
             cards.append(("size", f"{self.ratio:.1%}", min(self.ratio, 1.0), sizes))
         if record.timing is not None and record.timing.float_ms:
             timing = record.timing
-            times = f"{timing.float_ms:.3f} ms to {timing.quantized_ms:.3f} ms, batch 1"
+            times = f"{timing.float_ms:.3f} ms to {timing.quantized_ms:.3f} ms, {_fed(record)}"
             ratio = timing.quantized_ms / timing.float_ms
             cards.append(("time", f"{ratio:.2f}x", None, times))
         return cards
@@ -206,8 +218,13 @@ class Report:
         return fragment(_COLUMNS, [_cells(op) for op in self.ops], self.summary, _NUMBERS)
 
     def __repr__(self) -> str:
-        int8 = sum(op.int8 for op in self.ops)
-        return f"Report({int8} of {len(self.ops)} ops in int8)"
+        said = [f"{n} of {len(self.ops)} ops {_IN[kind]}" for kind, n in self._counts()]
+        return f"Report({', '.join(said)})"
+
+    def _counts(self) -> list[tuple[str, int]]:
+        """How many ops run in each way that is not float; int8 in any case."""
+        counts = [(kind, sum(runs_in(op) == kind for op in self.ops)) for kind in _RUNS]
+        return [(kind, n) for kind, n in counts if n] or [("int8", 0)]
 
 
 def _short(number: int) -> str:
@@ -240,9 +257,15 @@ def _parts(record: Record) -> list[str]:
     return lines
 
 
-def _speed(real: float, codes: float) -> str:
+def _fed(record: Record) -> str:
+    """What both models were timed on."""
+    return "the example" if record.mode == "dynamic" else "batch 1"
+
+
+def _speed(record: Record, timing: Timing) -> str:
+    real, codes = timing.float_ms, timing.quantized_ms
     ratio = f" ({codes / real:.2f}x)" if real else ""
-    return f"one forward of batch 1: {real:.3f} ms in float, {codes:.3f} ms converted{ratio}"
+    return f"one forward of {_fed(record)}: {real:.3f} ms in float, {codes:.3f} ms converted{ratio}"
 
 
 def _paths(paths: tuple[str, ...]) -> str:

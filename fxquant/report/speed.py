@@ -40,8 +40,31 @@ def example_of(module: GraphModule) -> tuple[Tensor, ...] | None:
     return tuple(made) or None
 
 
+def in_order(
+    module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Arguments of a call by place, as its graph takes them; ``None`` where that cannot be told.
+
+    Args:
+        module: the graph module.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    holes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in holes]
+    if any(name.startswith("*") for name in names) or len(args) > len(holes):
+        return None
+    if not set(kwargs) <= set(names[len(args) :]):
+        return None
+    rest = [
+        kwargs.get(name, node.args[0] if node.args else None)
+        for name, node in zip(names[len(args) :], holes[len(args) :], strict=True)
+    ]
+    return (*args, *rest)
+
+
 def compare_speed(
-    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Any, ...]
 ) -> Timing | None:
     """Time both models in turns, a few rounds.
 
@@ -84,7 +107,7 @@ def _as_float(prepared: GraphModule) -> Generator[None]:
             module.training = training
 
 
-def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]) -> Timing:
+def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Any, ...]) -> Timing:
     clocks = _clocked(prepared, converted, inputs)
     real, codes = (sum(clock.spent.values()) * 1e3 for clock in clocks)
     if real + codes > 1e3 * _LONG:
@@ -98,7 +121,7 @@ def _compare(prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor
 
 
 def _best(
-    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...], rounds: int
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Any, ...], rounds: int
 ) -> tuple[float, float]:
     """The best milliseconds of each, run in turns, at least once."""
     pairs: list[tuple[float, float]] = []
@@ -133,7 +156,7 @@ class _Clock(fx.Interpreter):
 
 
 def _clocked(
-    prepared: GraphModule, converted: GraphModule, inputs: tuple[Tensor, ...]
+    prepared: GraphModule, converted: GraphModule, inputs: tuple[Any, ...]
 ) -> tuple[_Clock, _Clock]:
     clocks = (_Clock(prepared), _Clock(converted))
     for clock in clocks:

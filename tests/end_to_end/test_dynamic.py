@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.backends.x86 import X86
-from fxquant.errors import CalibrationError, FxQuantWarning
+from fxquant.errors import CalibrationError, FxQuantWarning, SpeedWarning
+from fxquant.record import Timing, record_of
+from fxquant.report import checks
 
 BACKENDS = ["reference"] if X86().missing() is not None else ["reference", "x86"]
 
@@ -178,3 +180,50 @@ def test_what_leaves_the_model_lies_together_in_memory() -> None:
     q = fxquant.quantize(net, mode="dynamic")
     assert all(part.is_contiguous() for part in q(x))
     assert sqnr(q(x)[0], net(x)[0]) > 30 and sqnr(q(x)[1], net(x)[1]) > 25
+
+
+class Options(nn.Module):
+    """Takes its inputs by name, leaves some out, and writes into one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, scale: float = 2.0) -> Tensor:
+        x.add_(1.0)
+        made: Tensor = self.layer(x if y is None else y) * scale
+        return made
+
+
+def test_an_example_is_timed_and_a_slower_model_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def compare(prepared: nn.Module, converted: nn.Module, inputs: tuple[object, ...]) -> Timing:
+        seen.append(inputs)
+        assert torch.isfinite(converted(*inputs)).all()
+        assert torch.isfinite(prepared(*inputs)).all()
+        return Timing(1.0, 2.0, (("layer", "X86DynamicLinear", 2000.0, 1000.0),))
+
+    monkeypatch.setattr(checks, "compare_speed", compare)
+    x = torch.randn(2, 8)
+    given = x.clone()
+    with pytest.warns(SpeedWarning, match="example inputs: 2.000 ms against 1.000 ms"):
+        q = fxquant.quantize(
+            Options(8).eval(), mode="dynamic", example_inputs={"x": given, "scale": 3.0}
+        )
+    assert [type(each) for each in seen[0]] == [Tensor, type(None), float]
+    assert "one forward of the example: 1.000 ms in float, 2.000 ms" in fxquant.report(q).summary
+    assert record_of(q).inputs is None
+    fxquant.quantize(Options(8).eval(), mode="dynamic")
+    fxquant.quantize(Options(8).eval(), mode="dynamic", example_inputs=x, backend="reference")
+    assert len(seen) == 1
+
+
+def test_the_example_is_fed_once_as_it_is() -> None:
+    """Whatever the speed check does, it does to copies."""
+    x = torch.zeros(2, 8)
+    fxquant.quantize(Options(8).eval(), mode="dynamic", example_inputs=x, backend="reference")
+    once = x.clone()
+    y = torch.zeros(2, 8)
+    fxquant.quantize(Options(8).eval(), mode="dynamic", example_inputs=y)
+    assert torch.equal(y, once)

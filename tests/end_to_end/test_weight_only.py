@@ -143,3 +143,13 @@ def test_a_weight_that_is_not_finite_stays_float_and_says_so() -> None:
     model.get_parameter("0.weight").data[0, 0] = float("nan")
     with pytest.raises(fxquant.errors.ConfigError, match="NaN"):
         fxquant.quantize(model, mode="weight_only")
+
+
+def test_reports_do_not_call_stored_weights_int8() -> None:
+    q = fxquant.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), mode="weight_only")
+    report = fxquant.report(q)
+    assert repr(report) == "Report(1 of 1 ops with stored weights)"
+    assert report.summary.startswith("stored weights: 1 of 1 ops (100.0%)")
+    assert (report.coverage, report.weight_coverage) == (1.0, 1.0)
+    assert report.to_dict()["ops"][0]["runs"] == "stored"
+    assert str(fxquant.explain(q, "0")).splitlines()[0].endswith(": stored weights")

@@ -21,6 +21,8 @@ from fxquant.backends.x86 import X86
 from fxquant.backends.x86_layers import X86Layer
 from fxquant.building import lower
 from fxquant.errors import SpeedWarning
+from fxquant.graph.op_table import op_names
+from fxquant.passes import cast_floats
 
 
 def half(model: nn.Module, mode: str = "bfloat16", **more: object) -> GraphModule:
@@ -299,3 +301,22 @@ def test_16_bits_beside_a_stored_weight_are_not_there() -> None:
     config = fxquant.QConfig(activation=None, float_dtype="bfloat16")
     with pytest.raises(fxquant.errors.ConfigError, match="stored"):
         fxquant.prepare(nn.Sequential(nn.Linear(4, 4)).eval(), qconfig=config)
+
+
+def test_what_stays_float32_has_a_reason() -> None:
+    assert set(cast_floats._FLOAT32) <= set(op_names())
+    assert not set(cast_floats._FLOAT32) & set(cast_floats._FOLLOW)
+    q = half(Small(), example_inputs=torch.randn(1, 3, 9, 9))
+    whys = {row["op"]: row["why"] for row in fxquant.report(q).to_dict()["ops"]}
+    assert "sums of squares" in whys["group_norm"]
+    assert "adds up many numbers" in whys["mean"]
+
+
+def test_reports_do_not_call_16_bits_int8() -> None:
+    q = half(Small(), example_inputs=torch.randn(1, 3, 9, 9))
+    report = fxquant.report(q)
+    assert repr(report) == "Report(2 of 5 ops in bfloat16)"
+    assert "int8" not in report.summary
+    assert str(fxquant.explain(q, "conv")).splitlines()[0].endswith(": bfloat16")
+    with pytest.raises(fxquant.errors.LoweringError, match="computes in bfloat16"):
+        half(nn.Sequential(nn.ReLU()), example_inputs=torch.randn(2))
