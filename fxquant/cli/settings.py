@@ -16,7 +16,7 @@ from fxquant.spec import PRESETS, QConfig, QSpec, resolve_qconfig
 
 FLOAT: Final = "float"
 """What stands for ``None``, which TOML and shells do not have."""
-MODES: Final = ("static", "dynamic", "weight_only", "bfloat16")
+MODES: Final = ("static", "dynamic", "weight_only", "bfloat16", "float16")
 _QSPEC: Final = tuple(each.name for each in dataclasses.fields(QSpec))
 _QCONFIG: Final = tuple(each.name for each in dataclasses.fields(QConfig))
 

@@ -49,7 +49,7 @@ _FLOAT32: Final[dict[str, str]] = {
         "its statistics are sums of squares, which 16 bits cannot hold",
     ),
     **dict.fromkeys(
-        ("mean", "sum", "var", "std", "norm", "vector_norm", "cumsum", "local_response_norm"), _SUMS
+        ("mean", "sum", "var", "std", "norm", "vector_norm", "local_response_norm"), _SUMS
     ),
     **dict.fromkeys(
         (f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)), _SUMS
