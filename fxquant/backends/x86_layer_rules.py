@@ -361,6 +361,10 @@ def _q(inner: OpExpr) -> OpExpr:
     return op(QUANTIZE, inner, name="q")
 
 
+def _ended() -> OpExpr:
+    return op(ACTIVATIONS, _layer(), name="act", optional=True)
+
+
 _OTHER: Final = op(DEQUANTIZE, var("y"), name="dq2", shared=True)
 _SUM: Final = op("add", _layer(), _OTHER, name="add", alpha=1)
 
@@ -374,27 +378,21 @@ LAYER_RULES: Final = (
     ),
     Rule(
         "x86-layer",
-        _q(op(ACTIVATIONS, _layer(), name="act", optional=True)),
+        _q(_ended()),
         _lower,
         (kernel_takes,),
         priority=20,
     ),
     Rule(
         "x86-layer-bfloat16",
-        op(
-            "cast",
-            op(ACTIVATIONS, _layer(), name="act", optional=True),
-            dtype=torch.bfloat16,
-            device=None,
-            like=None,
-        ),
+        op("cast", _ended(), dtype=torch.bfloat16, device=None, like=None),
         _lower,
         (kernel_takes,),
         priority=10,
     ),
     Rule(
         "x86-layer-float",
-        op(ACTIVATIONS, _layer(), name="act", optional=True),
+        _ended(),
         _lower,
         (kernel_takes,),
     ),
