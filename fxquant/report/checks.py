@@ -38,7 +38,7 @@ _ARE: Final = {
 """In modes whose aim is not int8."""
 
 
-def nothing_int8(ops: tuple[OpRecord, ...], mode: str) -> LoweringError:
+def nothing_int8(ops: tuple[OpRecord, ...], mode: str = "static") -> LoweringError:
     """The error for a model in which nothing became what its mode makes, with the reasons."""
     reasons = dict.fromkeys(f"{op.path or op.op} ({op.op}): {op.why}" for op in ops if not op.int8)
     listed = "\n".join(f"  {reason}" for reason in list(reasons)[:8]) or "  it has no float op"
