@@ -371,6 +371,6 @@ def test_structures_in_and_out() -> None:
 
 def test_backends_are_listed() -> None:
     found = {b.name: b for b in fxquant.backends()}
-    assert set(found) == {"x86", "reference"}
+    assert set(found) == {"x86", "cuda", "reference"}
     assert found["reference"].available
     assert all(b.reason for b in found.values())
