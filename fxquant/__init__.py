@@ -9,7 +9,7 @@ True
 
 from fxquant.api import backends, calibrate, convert, prepare, quantize
 from fxquant.custom.pattern import Pattern, pattern
-from fxquant.report.api import compare, diff, explain, history, report
+from fxquant.report.api import compare, diff, explain, history, report, verify
 from fxquant.spec import QConfig, QSpec
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "prepare",
     "quantize",
     "report",
+    "verify",
 ]
 __version__ = "0.1.0"

@@ -24,7 +24,6 @@ from fxquant.arguments import (
     resolve_overrides,
     split_example,
     tensor_example,
-    unwrapped,
 )
 from fxquant.backends.base import Availability
 from fxquant.building import Wishes, build, lower
@@ -37,6 +36,7 @@ from fxquant.errors import (
     warn_user,
 )
 from fxquant.graph.held_state import state_kept
+from fxquant.graph.settle import unwrapped
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import Observer

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import ConfigError
-from fxquant.graph.settle import computes_a_weight, uncompiled
+from fxquant.graph.settle import computes_a_weight
 from fxquant.passes.configure import Selector
 from fxquant.record import KEY
 from fxquant.spec import QConfig, resolve_qconfig
@@ -29,19 +29,6 @@ def ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     names = list(inspect.signature(model.forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
     return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
-    while isinstance(model, nn.Module):
-        inner = model.module if isinstance(model, _PARALLEL) else uncompiled(model)
-        if inner is model:
-            break
-        model = inner
-    return model
-
-
-_PARALLEL: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def check_model(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.arguments import check_model, ranks, split_example, unwrapped
+from fxquant.arguments import check_model, ranks, split_example
 from fxquant.custom.bound import described
 from fxquant.custom.compile import Compiled
 from fxquant.custom.parameters import Parameter
@@ -20,6 +20,7 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import op_of
 from fxquant.graph.pieces import is_layer, parts_of, users_path
 from fxquant.graph.ranks import record_ranks
+from fxquant.graph.settle import unwrapped
 from fxquant.graph.text import shown
 from fxquant.graph.view import what
 from fxquant.patterns.expr import OpExpr

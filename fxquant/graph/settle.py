@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 _COMPUTES_A_WEIGHT: Final = (WeightNorm, SpectralNorm)
+_PARALLEL: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def settle(root: nn.Module) -> None:
@@ -38,6 +39,16 @@ def uncompiled(module: nn.Module) -> nn.Module:
     while frames is not None and isinstance(module, frames.OptimizedModule):
         module = module._orig_mod
     return module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
+    while isinstance(model, nn.Module):
+        inner = model.module if isinstance(model, _PARALLEL) else uncompiled(model)
+        if inner is model:
+            break
+        model = inner
+    return model
 
 
 def computes_a_weight(hook: object) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
 from fxquant.graph.diff import GraphState, graph_state
-from fxquant.graph.settle import uncompiled
+from fxquant.graph.settle import uncompiled, unwrapped
 from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
 from fxquant.report.compare import Comparison, compare_models
@@ -21,6 +21,8 @@ from fxquant.report.explain import Explainer, Explanation
 from fxquant.report.history import History
 from fxquant.report.metered import Feed
 from fxquant.report.report import Report
+from fxquant.report.verified import Verification
+from fxquant.report.verify import verify_models
 
 Comparable = nn.Module | Snapshot | GraphState
 
@@ -175,6 +177,48 @@ def compare(
     """
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         return compare_models(uncompiled(model), quantized, Feed(data, transform, max_batches))
+
+
+def verify(
+    prepared: nn.Module,
+    converted: nn.Module,
+    data: Any,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+) -> Verification:
+    """Whether a converted model computes what was trained, op by op, to one code; for CI.
+
+    Both run on the same batches in evaluation mode, and every op of the converted model reads what
+    the trained one has there, so that each is held to account for itself alone. One code is what
+    a float32 sum and an exact integer sum may differ by where a result lies between two codes.
+
+    Args:
+        prepared: what ``prepare(model, mode="qat")`` returned, trained; it is left as it is.
+        converted: what ``convert(prepared)`` returned, for any backend.
+        data: a DataLoader, or an iterable or generator of batches, as for ``calibrate``.
+        transform: turns an item of ``data`` into what the model is fed.
+        max_batches: how many batches to use.
+
+    Returns:
+        ``.ok``, ``.worst`` code difference, ``.failures``, ``.to_dict()``; ``str()`` is a table.
+
+    Raises:
+        ConfigError: the models do not belong together, or fake-quant is off.
+        CalibrationError: no batch, or a batch that does not fit.
+
+    Example:
+        >>> import torch, fxquant.api
+        >>> batch, net = torch.ones(2, 4), torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> prepared = fxquant.api.prepare(net, mode="qat", example_inputs=batch)
+        >>> made = prepared(batch)  # in earnest: training
+        >>> converted = fxquant.api.convert(prepared, backend="reference")
+        >>> verify(prepared, converted, [batch]).ok
+        True
+    """
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        feed = Feed(data, transform, max_batches)
+        return verify_models(unwrapped(prepared), unwrapped(converted), feed)
 
 
 def _model(given: object, name: str) -> nn.Module:

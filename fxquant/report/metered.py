@@ -89,7 +89,7 @@ def metered(
             "feeds one"
         )
     run: Metered | None = None
-    for args, kwargs in _calls(made, feed):
+    for args, kwargs in calls(made, feed):
         if run is None:
             captured = _captured_again(model, record, args, kwargs)
             wanted = dict.fromkeys(results(captured, record))
@@ -115,8 +115,13 @@ def _converted(name: str, model: nn.Module, quantized: nn.Module) -> tuple[Graph
     return quantized, record
 
 
-def _calls(quantized: nn.Module, feed: Feed) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of each batch, on the model's device."""
+def calls(quantized: nn.Module, feed: Feed) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of each batch, on the model's device.
+
+    Args:
+        quantized: the model they are for.
+        feed: the data.
+    """
     devices = {tensor.device for tensor in (*quantized.parameters(), *quantized.buffers())}
     device = devices.pop() if len(devices) == 1 else None
     batches: Iterable[Any] = as_batches(feed.data)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.numerics.fake_quantizer import FakeQuantizer
+
 
 class Residual(nn.Module):
     """Convolutions and batch norms, an activation, a sum; a parameter that is declared early."""
@@ -165,3 +167,10 @@ def trained(
             model(data(step)).square().mean().backward()
             optimizer.step()
     return model
+
+
+def switch(model: nn.Module, quantizing: bool) -> None:
+    """Turn every fake-quant on or off."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantizer):
+            module.switch(quantizing=quantizing)

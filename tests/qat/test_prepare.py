@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
-from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, trained
+from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, switch, trained
 
 BATCH_NORMED = ("residual", "upward", "dense", "twice")
 
@@ -21,13 +21,6 @@ def prepared(name: str) -> tuple[nn.Module, Any]:
     """A network in training mode, and it prepared."""
     model = built(name)
     return model, fxquant.prepare(model, mode="qat", example_inputs=(CASES[name][1](),))
-
-
-def switch(model: nn.Module, quantizing: bool) -> None:
-    """Turn every fake-quant on or off."""
-    for module in model.modules():
-        if isinstance(module, FakeQuantizer):
-            module.switch(quantizing=quantizing)
 
 
 @pytest.mark.parametrize("name", CASES)
