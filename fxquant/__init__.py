@@ -10,12 +10,14 @@ True
 from fxquant.api import backends, calibrate, convert, prepare, quantize
 from fxquant.custom.pattern import Pattern, pattern
 from fxquant.report.api import compare, diff, explain, history, report, verify
+from fxquant.schedule import Schedule
 from fxquant.spec import QConfig, QSpec
 
 __all__ = [
     "Pattern",
     "QConfig",
     "QSpec",
+    "Schedule",
     "backends",
     "calibrate",
     "compare",

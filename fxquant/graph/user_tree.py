@@ -7,8 +7,8 @@ checkpoints go by the order and the names that the user's model has.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Self
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -16,11 +16,35 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.trained_layers import is_trained_layer
 from fxquant.graph.user_class import UserModule
 
+_FROZEN: Final = "fxquant_frozen"
 _REGISTRIES: Final = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 class TrainableModule(UserModule):
-    """A graph module whose modules are those of the user's model, whether or not called."""
+    """A graph module whose modules are those of the user's model, whether or not called.
+
+    ``train()`` leaves modules that were frozen in evaluation mode.
+    """
+
+    def freeze(self, paths: Iterable[str], frozen: bool = True) -> None:
+        """Keep modules in evaluation mode from now on, or let them follow the model again.
+
+        Args:
+            paths: where they stand.
+            frozen: whether they are kept; those that never were stay as they are if it is false.
+        """
+        before: frozenset[str] = self.meta.get(_FROZEN, frozenset())
+        changed = set(paths) - before if frozen else set(paths) & before
+        self.meta[_FROZEN] = before | changed if frozen else before - changed
+        for path in changed:
+            self.get_submodule(path).train(self.training and not frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for what is frozen."""
+        super().train(mode)
+        for path in self.meta.get(_FROZEN, ()):
+            self.get_submodule(path).train(False)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         made = super().__deepcopy__(memo)
