@@ -91,11 +91,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        inside = ctx.saved_tensors[0]
+        inside, *others = ctx.saved_tensors  # once: a checkpoint hands them out a single time
         for_x = torch.where(inside, grad, 0.0) if ctx.needs_input_grad[0] else None
-        if len(ctx.saved_tensors) == 1:
+        if not others:
             return for_x, None, None, None, None, None
-        _, x, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point = others
         quant_min, quant_max, factor = ctx.options
         steps = x.to(torch.float32) / scale
         least, most = quant_min - zero_point, quant_max - zero_point

@@ -107,7 +107,8 @@ class FakeQuantizer(nn.Module):
 
 def in_backward() -> bool:
     """Whether autograd runs this forward a second time, for a gradient checkpoint."""
-    return torch._C._current_graph_task_id() != -1
+    # A compiled model recomputes inside its own graph, without running a module again.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FakeQuantize(FakeQuantizer):
