@@ -77,8 +77,7 @@ class Meter:
 
     def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run both models on one batch; sums are all that stays of it."""
-        with state_kept(self._captured, self._made):
-            _Batch(self, args, kwargs).run()
+        _Batch(self, args, kwargs).run()
         self.batches += 1
 
     @property
@@ -129,28 +128,29 @@ class _Batch:
         meter = self._meter
         output = self._float_output()
         with torch.no_grad():
-            made = self._walk(meter._made, self._accumulate).run()
+            made = self._walk(meter._made, self._accumulate)
             gap = self._gap(output, made)
-            self._walk(meter._captured, self._rounded).run()
+            self._walk(meter._captured, self._rounded)
         if gap and meter.differentiable:
             self._attribute(gap)
 
-    def _walk(self, module: GraphModule, changed: Any) -> Walk:
+    def _walk(self, module: GraphModule, changed: Any) -> Any:
         args, kwargs = self._call
         torch.manual_seed(0)  # what draws random numbers draws the same ones in every walk
-        return Walk(module, bind_inputs(module, *_copies(args, kwargs)), changed)
+        with state_kept(module):
+            return Walk(module, bind_inputs(module, *_copies(args, kwargs)), changed).run()
 
     def _float_output(self) -> Any:
         meter = self._meter
         if meter.differentiable:
             try:
                 with torch.enable_grad():
-                    return self._walk(meter._captured, self._watch).run()
+                    return self._walk(meter._captured, self._watch)
             except _FAILURES:
                 meter.differentiable = False
                 self._real.clear()
         with torch.no_grad():
-            return self._walk(meter._captured, self._watch).run()
+            return self._walk(meter._captured, self._watch)
 
     def _watch(self, node: Node, value: Any) -> Any:
         if node not in self._meter._pairs:

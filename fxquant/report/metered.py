@@ -9,17 +9,19 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.calibration.binding import bind_batch, moved
+from fxquant.calibration.binding import bind_batch, describe, moved
 from fxquant.calibration.data import (
+    USER_FAILURES,
     as_batches,
     check_options,
     is_function,
     refuse_empty,
     transformed,
 )
-from fxquant.errors import ConfigError, TraceError
+from fxquant.errors import CalibrationError, ConfigError, FxQuantError, TraceError
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
+from fxquant.graph.recall import recall
 from fxquant.graph.recurrent_layers import as_called
 from fxquant.graph.state import graph_state
 from fxquant.passes.canonicalize import Canonicalize
@@ -94,7 +96,16 @@ def metered(
             captured = _captured_again(model, record, args, kwargs)
             wanted = dict.fromkeys(results(captured, record))
             run = Metered(captured, made, record, Meter(captured, made, wanted))
-        run.meter.feed(args, kwargs)
+        try:
+            run.meter.feed(args, kwargs)
+        except FxQuantError:
+            raise
+        except USER_FAILURES as error:
+            fed = describe(kwargs if kwargs else args[0] if len(args) == 1 else args)
+            raise CalibrationError(
+                f"the models failed on batch {run.meter.batches}, {fed}: {type(error).__name__}: "
+                f"{error}. Check that shape and dtype are those the model is made for"
+            ) from error
     if run is None:
         refuse_empty(feed.data)
     return run
@@ -111,6 +122,11 @@ def _converted(name: str, model: nn.Module, quantized: nn.Module) -> tuple[Graph
     if not record.ops or not isinstance(quantized, GraphModule):
         raise ConfigError(
             "this model is not converted yet, and computes in float: pass what convert() returned"
+        )
+    if not recall(quantized.graph, record.snapshots[-1].state):
+        raise ConfigError(
+            "this model was changed after it was converted, or lost in a file what its nodes come "
+            "from: pass the very model that quantize() or convert() returned"
         )
     return quantized, record
 

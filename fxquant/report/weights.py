@@ -66,7 +66,9 @@ def _float_weights(node: Node, module: GraphModule) -> Iterator[Tensor]:
 def _stored_weights(node: Node) -> Iterator[Tensor]:
     """Weights that a node of a converted graph computes with, as float."""
     if is_op(node, DEQUANTIZE_WEIGHT):
-        codes, scale, axis = node.args
+        # A loaded model passes some of them by name.
+        given = dict(zip(("q", "scale", "axis"), node.args, strict=False)) | node.kwargs
+        codes, scale, axis = given["q"], given["scale"], given["axis"]
         if isinstance(codes, Node) and isinstance(scale, Node):
             yield _scaled(_held(codes), _held(scale), axis if isinstance(axis, int) else 0)
         return

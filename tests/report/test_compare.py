@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from typing import Any, Literal
 
 import pytest
@@ -205,6 +206,43 @@ def test_nothing_is_left_changed(model: nn.Module) -> None:
         assert all(torch.equal(value, now.state_dict()[name]) for name, value in was.items())
 
 
+def test_copies_and_loaded_models_are_compared_alike(model: nn.Module) -> None:
+    quantized = fxquant.quantize(model, batches(), backend="reference")
+    wanted = fxquant.compare(model, quantized, batches())
+    assert fxquant.compare(model, copy.deepcopy(quantized), batches()) == wanted
+    assert fxquant.compare(model, pickle.loads(pickle.dumps(quantized)), batches()) == wanted
+    spoiled = pickle.loads(pickle.dumps(quantized))
+    spoiled.graph.call_function(torch.relu, (next(iter(spoiled.graph.nodes)),))
+    with pytest.raises(ConfigError, match="was changed after it was converted"):
+        fxquant.compare(model, spoiled, batches())
+
+
+class Counter(nn.Module):
+    """Counts its calls, and computes with the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * self.calls
+
+
+def test_a_state_is_the_same_in_every_walk_and_is_put_back() -> None:
+    torch.manual_seed(0)
+    model = Counter().eval()
+    quantized = fxquant.quantize(model, batches(), backend="reference")
+    before = [each.state_dict()["calls"].clone() for each in (model, quantized)]
+    made = fxquant.compare(model, quantized, batches())
+    assert made.output.sqnr > 30
+    assert all(row.own is None or row.own.sqnr > 30 for row in made)
+    after = [each.state_dict()["calls"] for each in (model, quantized)]
+    assert all(map(torch.equal, before, after))
+
+
 def test_what_cannot_be_compared_is_refused(model: nn.Module) -> None:
     quantized = fxquant.quantize(model, batches(), backend="reference")
     with pytest.raises(ConfigError, match="was not made from this Sequential"):
@@ -219,6 +257,8 @@ def test_what_cannot_be_compared_is_refused(model: nn.Module) -> None:
         fxquant.compare(model, quantized, lambda m: m(batches()[0]))
     with pytest.raises(CalibrationError, match="0 batches"):
         fxquant.compare(model, quantized, [])
+    with pytest.raises(CalibrationError, match=r"failed on batch 1, float32\[2, 5, 8, 8\]"):
+        fxquant.compare(model, quantized, [batches()[0], torch.zeros(2, 5, 8, 8)])
     with pytest.raises(CalibrationError, match="batch 0"):
         fxquant.compare(model, quantized, [(batches()[0], torch.zeros(8))])
 
