@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fxquant.calibration.data import as_batches, is_function
+from fxquant.calibration.data import as_batches, is_function, length
 from fxquant.cli.code import call, imported
 from fxquant.errors import CalibrationError
 
@@ -50,6 +50,37 @@ class Files:
         if self.batch_size is not None:
             raise TypeError("unknown")  # how this protocol says that there is no hint
         return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Batches of the user's code, which is blamed for what it raises.
+
+    Args:
+        batches: what the loader gave.
+        spec: its name.
+    """
+
+    batches: Iterable[Any]
+    spec: str
+
+    def __iter__(self) -> Iterator[Any]:
+        what = f"get data from {self.spec}"
+        iterator = call(lambda: iter(self.batches), what, CalibrationError)
+        while True:
+            batch = call(lambda: next(iterator, _END), what, CalibrationError)
+            if batch is _END:
+                return
+            yield batch
+
+    def __length_hint__(self) -> int:
+        known = length(self.batches)
+        if known is None:
+            raise TypeError("unknown")  # how this protocol says that there is no hint
+        return known
+
+
+_END: Final = object()
 
 
 def load_data(spec: str, batch_size: int | None = None) -> Any:
@@ -100,15 +131,15 @@ def load_transform(spec: str | None) -> Callable[[Any], Any] | None:
 def _from_code(spec: str) -> Any:
     found = imported(spec, CalibrationError, "the data")
     if not callable(found) or isinstance(found, Tensor):
-        return as_batches(found)
+        return Loaded(as_batches(found), spec)
     try:
         found = call(found, f"get data from {spec}()", CalibrationError)
     except CalibrationError as error:
         # f(model) is a form of its own: it was called without the model it wants.
         if isinstance(error.__cause__, TypeError) and _takes_model(found):
-            return found
+            return lambda model: call(lambda: found(model), f"run {spec}", CalibrationError)
         raise
-    return as_batches(found)
+    return Loaded(as_batches(found), spec)
 
 
 def _takes_model(found: Any) -> bool:
@@ -141,7 +172,9 @@ def read(path: str) -> Any:
                     return _batch({name: _tensor(numpy, held[name]) for name in held.files})
             return _tensor(numpy, held)
     except _UNREADABLE as error:
-        raise CalibrationError(f"{path!r} cannot be read: {error}") from error
+        # What numpy does not know it takes for a pickle, and says how to open that.
+        why = "it holds no array of numbers" if "allow_pickle" in str(error) else error
+        raise CalibrationError(f"{path!r} cannot be read: {why}") from error
 
 
 def _tensor(numpy: Any, array: Any) -> Tensor:

@@ -19,7 +19,7 @@ from fxquant.cli.data import load_data, load_transform
 from fxquant.cli.models import load_model
 from fxquant.cli.parsing import natural, positive
 from fxquant.cli.settings import Settings, read_settings
-from fxquant.cli.terminal import progress, say
+from fxquant.cli.terminal import progress, tell
 from fxquant.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ class Job:
     def quantized(self) -> GraphModule:
         """The quantized model; shows progress."""
         settings = self.settings
-        say(f"quantizing, mode {settings.mode}")
+        tell(f"quantizing, mode {settings.mode}")
         with progress("calibrating") as report:
             return fxquant.quantize(
                 self.model,

@@ -19,6 +19,8 @@ def check_writable(path: str) -> None:
         ConfigError: its folder is not there, or it is a folder itself.
     """
     target = Path(path)
+    if _is_device(target):
+        return
     if target.is_dir():
         raise ConfigError(f"cannot write {path!r}: it is a folder")
     if not target.parent.is_dir():
@@ -37,7 +39,15 @@ def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = Path(path)
+    # Through links: what they point to is replaced, and they stay.
+    target = Path(os.path.realpath(path))
+    if _is_device(target):
+        try:
+            with target.open("wb") as stream:
+                fill(stream)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path!r}: {error.strerror}") from error
+        return
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
     except OSError as error:
@@ -66,6 +76,11 @@ def write_text(path: str, text: str) -> None:
     """
     data = f"{text}\n".encode("utf-8", "backslashreplace")
     write(path, lambda stream: stream.write(data))
+
+
+def _is_device(target: Path) -> bool:
+    """Whether it is a pipe, a terminal or the like, which must not be replaced by a file."""
+    return target.exists() and not target.is_file() and not target.is_dir()
 
 
 def _mode(target: Path) -> int:

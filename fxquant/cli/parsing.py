@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -69,6 +70,15 @@ def positive(text: str) -> int:
     number = whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def threads(text: str) -> int:
+    """A number of threads; far more than there are processors end the process."""
+    number = positive(text)
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}")
     return number
 
 

@@ -30,6 +30,12 @@ def say(text: str) -> None:
     emit(text, sys.stderr)
 
 
+def tell(text: str) -> None:
+    """What is going on: as :func:`say`, where somebody is looking."""
+    if sys.stderr.isatty():
+        say(text)
+
+
 def is_dumb() -> bool:
     """Whether the terminal says that it cannot move its cursor."""
     return os.environ.get("TERM") == "dumb"

@@ -17,7 +17,7 @@ from fxquant.cli.code import call
 from fxquant.cli.doctor import machine
 from fxquant.cli.job import Job, add_job, load_job
 from fxquant.cli.models import add_trust, load_model
-from fxquant.cli.parsing import duration, positive
+from fxquant.cli.parsing import duration, positive, threads
 from fxquant.cli.settings import add_settings
 from fxquant.cli.terminal import progress
 from fxquant.cli.verb import Answer, Verb
@@ -36,7 +36,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=duration, default=0.2, metavar="S", help="of work in a turn (0.2)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="of torch")
+    parser.add_argument("--threads", type=threads, metavar="N", help="of torch")
     parser.add_argument("--rows", type=positive, metavar="N", help="of the batch, from its start")
     add_trust(parser)
     add_settings(parser)
@@ -44,13 +44,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         return _bench(arguments)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _bench(arguments: argparse.Namespace) -> Answer:

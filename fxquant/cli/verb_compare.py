@@ -20,6 +20,7 @@ from fxquant.cli.code import call, imported
 from fxquant.cli.data import load_data, load_transform
 from fxquant.cli.job import add_seed, seeded
 from fxquant.cli.models import add_trust, load_model
+from fxquant.cli.output import check_writable, write_text
 from fxquant.cli.parsing import positive, real
 from fxquant.cli.terminal import progress
 from fxquant.cli.verb import Answer, Exit, Verb
@@ -44,6 +45,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worst", type=positive, metavar="N", help="also show the N ops that add most of the error"
     )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write a report of INT8 that shows where the error comes from",
+    )
     parser.add_argument("--min-sqnr", type=real, metavar="DB", help="exit with 1 if less, in dB")
     parser.add_argument(
         "--metric", metavar="MODULE:FUNCTION", help="f(model) gives a number, more is better"
@@ -58,6 +64,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     if arguments.max_drop is not None and arguments.metric is None:
         raise ConfigError("--max-drop needs --metric: what is it that must not drop?")
+    if arguments.html is not None:
+        check_writable(arguments.html)
     metric = _metric(arguments.metric)
     first = load_model(arguments.float, arguments, weights=arguments.weights).eval()
     second = load_model(arguments.int8, arguments).eval()
@@ -66,8 +74,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
     lines = [_table(rows)]
     failed = _failures(rows, arguments.min_sqnr)
     ops = None
-    if arguments.worst is not None:
+    if arguments.html is not None or arguments.worst is not None:
         comparison = _ops(first, second, arguments)
+        if arguments.html is not None:
+            page = fxquant.report(second).to_html(comparison=comparison)
+            write_text(arguments.html, page)
+    if arguments.worst is not None:
+        comparison = dataclasses.replace(comparison, rows=comparison.worst(arguments.worst))
         ops = comparison.to_dict()["ops"]
         lines += ["", comparison.table, "", *comparison.summary.splitlines()[1:]]
     scores = None
@@ -122,14 +135,13 @@ def _plain(place: str, count: int, made: Agreement) -> dict[str, Any]:
 
 
 def _ops(first: nn.Module, second: nn.Module, arguments: argparse.Namespace) -> Comparison:
-    """The ops that add most of the error, on the same batches once more."""
+    """Every op, on the same batches once more."""
     data = load_data(arguments.data, arguments.batch_size)
     transform = load_transform(arguments.transform)
     with seeded(arguments.seed):
-        found = fxquant.compare(
+        return fxquant.compare(
             first, second, data, transform=transform, max_batches=arguments.max_batches
         )
-    return dataclasses.replace(found, rows=found.worst(arguments.worst))
 
 
 def _measure(

@@ -31,14 +31,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exit-code", action="store_true", help="exit with 1 if they differ")
     parser.add_argument("--only", metavar="PATH", help="only what is inside one module")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--html", metavar="FILE", help="also draw it, as a page of its own")
     parser.add_argument("-o", "--output", metavar="FILE", help="also write what is printed here")
     add_trust(parser)
     add_seed(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    if arguments.output is not None:
-        check_writable(arguments.output)
+    for path in filter(None, (arguments.output, arguments.html)):
+        check_writable(path)
     if arguments.data is not None and arguments.b is None:
         raise ConfigError("--data is for two models: pass the float one and the quantized one")
     a, b = (
@@ -54,6 +55,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     text = found.to_markdown() if arguments.markdown else str(found)
     if arguments.output is not None:
         write_text(arguments.output, text)
+    if arguments.html is not None:
+        write_text(arguments.html, found.to_html())
     code = Exit.CHECK if arguments.exit_code and found else Exit.OK
     coloured = None if arguments.markdown else found.to_text(color=True)
     return Answer(text, {"differ": bool(found), **found.to_dict()}, code, coloured)

@@ -27,6 +27,7 @@ from fxquant.report.tables import table
 _MOST: Final = 12
 _REPORTS: Final[dict[str, Callable[[Report], str]]] = {
     ".json": lambda report: json.dumps(report.to_dict(), indent=2, allow_nan=False),
+    ".html": lambda report: report.to_html(),
     ".txt": str,
 }
 
@@ -34,7 +35,9 @@ _REPORTS: Final[dict[str, Callable[[Report], str]]] = {
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="package.module:factory, or a file")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the model here, as a pickle")
-    parser.add_argument("--report", metavar="FILE", help="write the report here: .json or .txt")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write the report here: .html, .json or .txt"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would become of each op; write nothing"
     )

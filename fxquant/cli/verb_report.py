@@ -9,6 +9,7 @@ import fxquant
 from fxquant.cli.code import imported
 from fxquant.cli.job import add_seed
 from fxquant.cli.models import add_trust, load_model
+from fxquant.cli.output import check_writable, write_text
 from fxquant.cli.verb import Answer, Verb
 from fxquant.errors import ConfigError
 
@@ -21,9 +22,18 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_seed(parser)
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _options(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write it as a page of its own")
+
+
 def _report(arguments: argparse.Namespace) -> Answer:
+    if arguments.html is not None:
+        check_writable(arguments.html)
     model = load_model(arguments.model, arguments, weights=arguments.weights)
     report = fxquant.report(model)
+    if arguments.html is not None:
+        write_text(arguments.html, report.to_html())
     return Answer(str(report), report.to_dict())
 
 
@@ -47,8 +57,8 @@ REPORT: Final = Verb(
     "report",
     "what became of every op of a quantized model, and why",
     _report,
-    _options,
-    examples=("fxquant report model.pt --trust-pickle",),
+    _report_options,
+    examples=("fxquant report model.pt --trust-pickle --html report.html",),
 )
 EXPLAIN: Final = Verb(
     "explain",

@@ -39,12 +39,12 @@ _LOCAL: Final[dict[str, type]] = {}
 def class_name(cls: type) -> str:
     """The name under which :func:`class_named` finds a class again."""
     name = f"{cls.__module__}:{cls.__qualname__}"
-    if cls.__module__ == "__main__" or not _can_be_imported(cls):
+    if cls.__module__ == "__main__" or not can_be_imported(cls):
         _LOCAL[name] = cls
     return name
 
 
-def _can_be_imported(cls: type) -> bool:
+def can_be_imported(cls: type) -> bool:
     """Not so for classes of functions, of executed text, and redefined ones."""
     found: Any = sys.modules.get(cls.__module__)
     for part in cls.__qualname__.split("."):

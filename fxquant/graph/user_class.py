@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxquant.errors import LoadError
-from fxquant.graph.containers import class_name, class_named
+from fxquant.graph.containers import can_be_imported, class_name, class_named
+from fxquant.graph.info import KEY, NodeInfo, info
 
 _CLASS: Final = "_fxquant_user_class"
+_Known: TypeAlias = tuple[str, str, int, NodeInfo]
+"""Op, target and number of arguments by place, to find a node again, and what is known of it."""
 _KEPT: Final = "_user_preserved_attributes"
 """The key under which torch.fx keeps attributes through a copy."""
 
@@ -43,18 +47,62 @@ class UserModule(GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = super().__reduce__()
-        return _restored, (type(self).__name__, made[0], made[1])
+        return _restored, (type(self).__name__, made[0], made[1], _known(self.graph))
 
 
 def _nothing(module: nn.Module) -> None:
     """Stands for methods that have nothing to do here."""
 
 
+def _known(graph: Graph) -> tuple[_Known, ...]:
+    """What is known of each node, for a pickle: classes and functions go by their names."""
+    records = [info(node) for node in graph.nodes]
+    # Functions of the user's patterns have done their work where nodes are lowered.
+    done = any(record.reads is not None or record.writes is not None for record in records)
+    return tuple(
+        (
+            node.op,
+            str(node.target),
+            len(node.args),
+            dataclasses.replace(
+                record,
+                owners=tuple(owner for owner in record.owners if can_be_imported(owner[1])),
+                part=None if done else record.part,
+            ),
+        )
+        for node, record in zip(graph.nodes, records, strict=True)
+    )
+
+
+def _remember(graph: Graph, known: tuple[_Known, ...]) -> None:
+    """Write down what a pickle kept; torch writes the code of a graph, and traces that again."""
+    # Reading an attribute may have moved, or happen twice; all else stands where it stood.
+    held = {target: record for op, target, _, record in known if op == "get_attr"}
+    calls = [entry for entry in known if entry[0] != "get_attr"]
+    nodes = [node for node in graph.nodes if node.op != "get_attr"]
+    if [node.op for node in nodes] != [op for op, *_ in calls]:
+        return
+    for node, (_, _, placed, record) in zip(nodes, calls, strict=True):
+        node.meta[KEY] = record
+        # Functions that are wrapped for tracing name arguments that stood by place.
+        names = list(node.kwargs)[: max(0, placed - len(node.args))]
+        node.args = (*node.args, *(node.kwargs[name] for name in names))
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in names}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in held:
+            node.meta[KEY] = held[node.target]
+
+
 def _restored(
-    name: str, rebuild: Callable[..., GraphModule], arguments: tuple[Any, ...]
+    name: str,
+    rebuild: Callable[..., GraphModule],
+    arguments: tuple[Any, ...],
+    known: tuple[_Known, ...],
 ) -> UserModule:
     plain = rebuild(*arguments)
     made = _made(plain, plain.graph, name)
+    _remember(made.graph, known)
+    made.meta.update(arguments[0].get("meta", {}))
     for key, value in plain.__dict__.items():
         if key not in made.__dict__:
             made.__dict__[key] = value

@@ -129,6 +129,17 @@ def interrupts() -> nn.Module:
     raise KeyboardInterrupt
 
 
+def tears() -> Iterator[Tensor]:
+    """Data that ends in an error."""
+    yield from loader()
+    raise KeyError("the disk is gone")
+
+
+def feeds_badly(model: nn.Module) -> None:
+    """Fails while it runs the model."""
+    raise OSError("no network")
+
+
 def empty() -> list[Tensor]:
     """No data."""
     return []

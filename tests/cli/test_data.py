@@ -68,7 +68,7 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_arrays_of_objects_are_never_unpickled(tmp_path: Path) -> None:
     path = str(tmp_path / "x.npy")
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CalibrationError, match="allow_pickle=False"):
+    with pytest.raises(CalibrationError, match="holds no array of numbers"):
         read(path)
 
 

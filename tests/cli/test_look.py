@@ -84,6 +84,16 @@ def test_diff_is_coloured_on_terminals_alone(fx: Command, monkeypatch: pytest.Mo
     assert "\x1b[" not in fx("diff", Q).out
 
 
+def test_pages(fx: Command, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for words in (("report", Q), ("diff", Q), (*PAIR[:3], *PAIR[3:])):
+        page.unlink(missing_ok=True)
+        assert fx(*words, "--html", page).code == 0
+        assert page.read_text().startswith("<!doctype html>")
+        assert fx(*words, "--html", tmp_path / "nowhere" / "page.html").code == 2
+    assert "Where the error comes from" in page.read_text()
+
+
 def test_diff_with_data(fx: Command) -> None:
     words = ("diff", f"{M}:build", Q, "--data", f"{M}:loader")
     assert "SQNR" in fx(*words).out
@@ -163,6 +173,7 @@ def test_compare_is_a_check(words: tuple[str, ...], code: int, said: str, fx: Co
         (("--metric", f"{M}:fails"), 4, "could not measure"),
         (("--data", f"{M}:feed"), 2, "runs the model itself"),
         (("--data", f"{M}:empty"), 4, "0 batches"),
+        (("--data", f"{M}:tears"), 4, "could not get data from tests.cli.models:tears: KeyError"),
         (("--data", f"{M}:pairs"), 4, "cannot take"),
         (("--data", f"{M}:pairs", "--transform", f"{M}:first"), 0, ""),
         (("--data", f"{M}:loader", "--transform", f"{M}:score"), 4, "could not transform batch 0"),
@@ -200,6 +211,7 @@ def test_bench(fx: Command, tmp_path: Path, saved: Path) -> None:
     assert set(data["median"]) == {"float_ms", "quantized_ms", "ratio"}
     assert data["threads"] == 1
     assert torch.get_num_threads() == threads
+    assert fx(*words, "--threads", 10**6).code == 2
     np.save(tmp_path / "x.npy", np.zeros((2, 8), np.float32))
     pair = ("bench", f"{M}:Holder.made", saved, "--trust-pickle", *quick)
     assert fx(*pair, "--example-inputs", tmp_path / "x.npy").code == 0

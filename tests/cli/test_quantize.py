@@ -13,6 +13,7 @@ import torch
 
 import fxquant
 from fxquant.cli import verb_quantize
+from fxquant.cli.output import write_text
 from tests.cli import models
 from tests.cli.command import Command, M
 
@@ -25,7 +26,7 @@ def test_stdout_holds_the_result_and_nothing_else(fx: Command) -> None:
     assert done.code == 0
     assert done.out.startswith("int8: 2 of 2 ops (100.0%)")
     assert "noise" not in done.out
-    assert done.err == "noise of the user's code\nquantizing, mode static\n"
+    assert done.err == "noise of the user's code\n"
 
 
 def test_json_has_the_documented_shape(fx: Command) -> None:
@@ -236,6 +237,29 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     done = fx(*BASE, *DATA, "-o", tmp_path / place)
     assert done.code == 2
     assert "noise" not in done.err
+
+
+def test_pipes_are_written_to_and_not_replaced(fx: Command, tmp_path: Path) -> None:
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "real.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(str(pipe), "text")
+        assert os.read(reader, 99) == b"text\n"
+    finally:
+        os.close(reader)
+    link.symlink_to(real)
+    assert fx(*BASE, *DATA, "--report", link).code == 0
+    assert link.is_symlink()
+    assert json.loads(real.read_text())["coverage"] == 1.0
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no disk that is full")
+def test_a_full_disk_is_told(fx: Command) -> None:
+    done = fx(*BASE, *DATA, "-o", "/dev/full")
+    assert done.code == 2
+    assert "cannot write '/dev/full': No space left" in done.err
+    assert Path("/dev/full").is_char_device()
 
 
 def test_the_report_is_written(fx: Command, tmp_path: Path) -> None:
