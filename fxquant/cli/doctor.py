@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 import fxquant
+from fxquant.backends.x86_pairs import layers_saturate
 
 _FEATURES: Final = {
     "avx2": "_is_avx2_supported",
@@ -25,7 +26,7 @@ _FEATURES: Final = {
 """Instructions that matter to int8 and bfloat16, and torch's probes for them."""
 _EXTRA: Final = re.compile(r"""extra\s*==\s*['"](\w+)['"]""")
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
-_NEEDED: Final = ("torch", "networkx", "tabulate", "safetensors", "numpy", "rich", "tqdm")
+_NEEDED: Final = ("torch", "networkx", "tabulate", "safetensors", "jinja2", "numpy", "rich", "tqdm")
 
 
 def machine() -> dict[str, Any]:
@@ -44,6 +45,8 @@ def machine() -> dict[str, Any]:
 
 def facts() -> dict[str, Any]:
     """All that a report of a bug should say; the keys are stable."""
+    backends = fxquant.backends()
+    x86 = any(backend.name == "x86" and backend.available for backend in backends)
     return {
         "fxquant": fxquant.__version__,
         "python": platform.python_version(),
@@ -51,7 +54,8 @@ def facts() -> dict[str, Any]:
         "onednn": torch.backends.mkldnn.is_available(),
         "versions": {name: _version(name) for name in _NEEDED},
         "extras": extras(),
-        "backends": [asdict(backend) for backend in fxquant.backends()],
+        "backends": [asdict(backend) for backend in backends],
+        "adds_pairs": layers_saturate() if x86 else None,
     }
 
 

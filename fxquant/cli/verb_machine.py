@@ -43,7 +43,7 @@ def _doctor(arguments: argparse.Namespace) -> Answer:
         ("torch uses", here["capability"]),
         *((name, _ANSWERS[has]) for name, has in here["instructions"].items()),
         ("oneDNN", _ANSWERS[data["onednn"]]),
-        ("CUDA", f"{_ANSWERS[here['cuda']]} (there are no int8 kernels for it)"),
+        ("CUDA", _ANSWERS[here["cuda"]]),
         ("threads", f"{here['threads']}, {here['interop_threads']} between ops"),
         *(
             (f"extra {name}", f"lacks {', '.join(gone)}" if gone else "complete")
@@ -51,17 +51,17 @@ def _doctor(arguments: argparse.Namespace) -> Answer:
         ),
     ]
     text = table(("what", "here"), rows, limit=200)
-    return Answer("\n".join([text, "", _backends_table(data["backends"]), *_advice(here)]), data)
+    return Answer("\n".join([text, "", _backends_table(data["backends"]), *_advice(data)]), data)
 
 
-def _advice(here: dict[str, Any]) -> list[str]:
+def _advice(data: dict[str, Any]) -> list[str]:
     """What follows from the processor for whoever quantizes on it."""
-    has = here["instructions"]
+    has = data["machine"]["instructions"]
     found = []
-    if has["avx2"] and not has["avx512_vnni"]:
+    if data["adds_pairs"]:
         found.append(
-            "no VNNI: u8*s8 products are added in pairs of 16 bits, so layers that could overflow "
-            "use 7 bits, and int8 gains less here"
+            "the kernels add products in pairs of 16 bits (no VNNI): channels of weights that "
+            "could pass those get a coarser scale, and int8 gains less time here"
         )
     if not (has["avx512_bf16"] or has["amx_tile"]):
         found.append("no bfloat16 instructions: mode bfloat16 saves memory here, and no time")

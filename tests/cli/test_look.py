@@ -233,9 +233,20 @@ def test_doctor(fx: Command) -> None:
     for said in ("torch", "avx512_vnni", "threads", "reference", "extra demo"):
         assert said in done.out
     data = fx("doctor", "--json").data
-    assert {"fxquant", "python", "machine", "onednn", "versions", "extras", "backends"} == set(data)
+    assert {
+        "fxquant",
+        "python",
+        "machine",
+        "onednn",
+        "versions",
+        "extras",
+        "backends",
+        "adds_pairs",
+    } == set(data)
     assert data["versions"]["torch"] is not None
     assert "dev" not in data["extras"]
+    assert data["adds_pairs"] in (True, False, None)
+    assert ("pairs of 16 bits" in done.out) == bool(data["adds_pairs"])
 
 
 def test_import_refuses_in_words() -> None:
