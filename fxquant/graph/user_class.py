@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.errors import LoadError
 from fxquant.graph.containers import can_be_imported, class_name, class_named
+from fxquant.graph.edit import Editor
 from fxquant.graph.info import KEY, NodeInfo, info
 
 _CLASS: Final = "_fxquant_user_class"
@@ -74,21 +75,25 @@ def _known(graph: Graph) -> tuple[_Known, ...]:
     )
 
 
-def _remember(graph: Graph, known: tuple[_Known, ...]) -> None:
+def _remember(module: GraphModule, known: tuple[_Known, ...]) -> None:
     """Write down what a pickle kept; torch writes the code of a graph, and traces that again."""
     # Reading an attribute may have moved, or happen twice; all else stands where it stood.
     held = {target: record for op, target, _, record in known if op == "get_attr"}
     calls = [entry for entry in known if entry[0] != "get_attr"]
-    nodes = [node for node in graph.nodes if node.op != "get_attr"]
+    nodes = [node for node in module.graph.nodes if node.op != "get_attr"]
     if [node.op for node in nodes] != [op for op, *_ in calls]:
         return
+    editor = Editor(module)
     for node, (_, _, placed, record) in zip(nodes, calls, strict=True):
         node.meta[KEY] = record
         # Functions that are wrapped for tracing name arguments that stood by place.
-        names = list(node.kwargs)[: max(0, placed - len(node.args))]
-        node.args = (*node.args, *(node.kwargs[name] for name in names))
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in names}
-    for node in graph.nodes:
+        named = list(node.kwargs.items())
+        moved = max(0, placed - len(node.args))
+        if moved:
+            args = (*node.args, *(value for _, value in named[:moved]))
+            with editor.rule("restore"):
+                editor.set_call(node, node.target, args, dict(named[moved:]))
+    for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in held:
             node.meta[KEY] = held[node.target]
 
@@ -101,7 +106,7 @@ def _restored(
 ) -> UserModule:
     plain = rebuild(*arguments)
     made = _made(plain, plain.graph, name)
-    _remember(made.graph, known)
+    _remember(made, known)
     made.meta.update(arguments[0].get("meta", {}))
     for key, value in plain.__dict__.items():
         if key not in made.__dict__:
