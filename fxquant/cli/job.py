@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.calibration import bind_batch, first_batch
+from fxquant.cli.code import call
 from fxquant.cli.data import load_data, load_transform
 from fxquant.cli.models import load_model
 from fxquant.cli.parsing import natural, positive
 from fxquant.cli.settings import Settings, read_settings
 from fxquant.cli.terminal import progress, tell
-from fxquant.errors import ConfigError
+from fxquant.errors import CalibrationError, ConfigError
+from fxquant.graph.held_state import state_kept
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,13 @@ def load_job(arguments: argparse.Namespace) -> Job:
     example = None
     if arguments.example_inputs is not None:
         example = example_batch(arguments.example_inputs, model, transform, arguments.batch_size)
+        args, kwargs = example
+        with torch.no_grad(), state_kept(model):
+            call(
+                functools.partial(model, *args, **kwargs),
+                f"run the model on {arguments.example_inputs!r}",
+                CalibrationError,
+            )
     return Job(model, settings, data, transform if data is not None else None, example)
 
 

@@ -134,6 +134,14 @@ def _load_weights(model: nn.Module, path: str) -> None:
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+    except pickle.UnpicklingError as error:
+        # torch tells how to run what is in the file; a state dict never needs that.
+        raise LoadError(
+            f"the weights {path!r} are no state dict that can be read without running code"
+        ) from error
     except (*_UNREADABLE, safetensors.SafetensorError) as error:
+        raise LoadError(f"the weights {path!r} cannot be read: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except _UNREADABLE as error:
         raise LoadError(f"the weights {path!r} do not fit: {error}") from error

@@ -8,6 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,23 @@ def test_a_state_dict_goes_into_a_factory(fx: Command, tmp_path: Path) -> None:
     assert done.code == 3
     assert "do not fit" in done.err
     assert fx(*BASE, *DATA, "--weights", "nowhere.pt").code == 3
+
+
+def test_example_inputs_that_do_not_fit(fx: Command, tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((2, 7), np.float32))
+    done = fx(*BASE, "--mode", "dynamic", "--example-inputs", path)
+    assert done.code == 4
+    assert "could not run the model on" in done.err
+
+
+def test_files_that_are_no_weights(fx: Command, tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros(2))
+    done = fx(*BASE, *DATA, "--weights", path)
+    assert done.code == 3
+    assert "without running code" in done.err
+    assert "arbitrary" not in done.err
 
 
 def test_weights_in_safetensors(fx: Command, tmp_path: Path) -> None:
