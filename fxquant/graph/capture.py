@@ -150,9 +150,11 @@ class _Climb:
             tracer = Tracer(self._binding, capture.__code__, frozenset(self._leaves))
             lent = {} if self._leaves or not twins else twins
             try:
-                with ReadOnly(lent) if lent else contextlib.nullcontext():
+                with ReadOnly(lent) if lent else contextlib.nullcontext() as guard:
                     root = self._copy(lent)
                     module = trace(root, self._binding, tracer, type(self._model).__name__)
+                if guard is not None and guard.raised:
+                    raise WriteError
             except WriteError:
                 raise
             # Anything may go wrong inside a user's forward that is fed proxies; all of it means

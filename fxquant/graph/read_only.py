@@ -50,6 +50,8 @@ class ReadOnly(TorchDispatchMode):
     Args:
         twins: what :func:`borrowed` returned.
 
+    ``raised`` says whether it did: a user's own code may catch what is raised in it.
+
     Raises:
         WriteError: from the op, before it writes.
 
@@ -59,8 +61,11 @@ class ReadOnly(TorchDispatchMode):
         tensor([2., 2.])
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, twins: dict[int, nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.raised = False
         self._places = {place for twin in twins.values() if (place := _place(twin))}
 
     def __torch_dispatch__(
@@ -68,6 +73,10 @@ class ReadOnly(TorchDispatchMode):
     ) -> Any:
         """Look at ops that write; all others pass."""
         named = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            # Ops that call functions: what is done in there is not seen.
+            self.raised = True
+            raise WriteError(f"{func} might write into a parameter")
         if func._schema.is_mutable:
             for place, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is None or not argument.alias_info.is_write:
@@ -75,6 +84,7 @@ class ReadOnly(TorchDispatchMode):
                 given = args[place] if place < len(args) else named.get(argument.name)
                 for leaf in pytree.tree_leaves(given):
                     if isinstance(leaf, Tensor) and _place(leaf) in self._places:
+                        self.raised = True
                         raise WriteError(f"{func} writes into a parameter")
         return func(*args, **named)
 

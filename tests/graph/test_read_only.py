@@ -122,6 +122,38 @@ def test_the_guard_sees_every_way_to_write(write: object) -> None:
         assert torch.equal(layer.weight.mul(2).add_(1), before * 2 + 1)
 
 
+class Catches(nn.Module):
+    """Goes another way where it cannot write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            self.layer.weight.detach().mul_(1.0)
+        except Exception:  # noqa: BLE001 - what this test is about
+            x = x + 1
+        made: Tensor = self.layer(x)
+        return made
+
+
+def test_who_catches_the_guard_gets_copies_too() -> None:
+    model = Catches().eval()
+    module = capture(model, (X,), evaluate=True, borrow=True).module
+    assert "layer.weight" not in _same_memory(module, model)
+    assert torch.equal(module(X), model(X))
+
+
+def test_ops_that_call_functions_are_not_trusted() -> None:
+    """No dispatch mode looks into the functions that they call."""
+    guard = ReadOnly(borrowed(nn.Linear(2, 2)))
+    assert guard.supports_higher_order_operators
+    with pytest.raises(WriteError, match="might"):
+        guard.__torch_dispatch__(torch.ops.higher_order.cond, (), ())
+    assert guard.raised
+
+
 def test_nothing_is_given_back_where_nothing_is_read() -> None:
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     twins = borrowed(model)
