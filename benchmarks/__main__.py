@@ -15,6 +15,8 @@ NAMES = (
     "recurrent",
     "dynamic",
     "weight_only",
+    "qat_step",
+    "qat_cifar10",
     "matching",
     "diff_page",
     "lowering_agreement",

@@ -83,7 +83,9 @@ def main() -> None:
         "--data", type=Path, default=Path("../shared/data/cifar10"),
         help="folder with train8k.npz and val2k.npz",
     )  # fmt: skip
-    args_parser.add_argument("--networks", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    args_parser.add_argument(
+        "--networks", nargs="+", default=["resnet20", "mobilenet_v2"], choices=list(RECIPES)
+    )
     args_parser.add_argument("--epochs", type=int, help="default: the recipe's")
     args_parser.add_argument("--seed", type=int, default=0)
     args_parser.add_argument("--calibration", type=int, default=320, help="pictures")

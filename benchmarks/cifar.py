@@ -45,6 +45,12 @@ RECIPES: dict[str, Recipe] = {
         epochs=30,
         peak_rate=0.1,
     ),
+    # For a machine that has other things to do: a minute for each epoch, on one core.
+    "mobilenet_v2_small": Recipe(
+        lambda: mobilenet_v2_cifar(width=0.35, strides=(2, 1, 2, 2, 1, 1, 1, 1)),
+        epochs=8,
+        peak_rate=0.1,
+    ),
 }
 
 
@@ -100,16 +106,23 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=recipe.peak_rate, momentum=0.9, nesterov=True)
 
 
-def _train(model: nn.Module, recipe: Recipe, data: Pictures, check: Pictures, seed: int) -> None:
+def train(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Pictures,
+    seed: int,
+    after: Callable[[int, float], None],
+) -> None:
+    """Train ``model`` by ``recipe``; ``after`` gets the number and the mean loss of each epoch."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(model, recipe)
     count = len(data.labels) // recipe.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.peak_rate, total_steps=recipe.epochs * count, pct_start=0.2
     )
-    start = time.perf_counter()
     for epoch in range(recipe.epochs):
         model.train()
+        total = 0.0
         order = torch.randperm(len(data.labels), generator=generator)
         for chosen in order[: count * recipe.batch].split(recipe.batch):
             images = augment(data.images[chosen], generator)
@@ -119,13 +132,12 @@ def _train(model: nn.Module, recipe: Recipe, data: Pictures, check: Pictures, se
             loss.backward()
             optimizer.step()
             schedule.step()
-        if epoch % 5 == 4:
-            score, spent = accuracy(model.eval(), check), time.perf_counter() - start
-            print(f"epoch {epoch + 1}: {score:.2f} % after {spent:.0f} s", file=sys.stderr)
+            total += loss.item()
+        after(epoch, total / count)
 
 
 def trained(
-    name: str, train: Pictures, check: Pictures, *, seed: int = 0, epochs: int | None = None
+    name: str, data: Pictures, check: Pictures, *, seed: int = 0, epochs: int | None = None
 ) -> nn.Module:
     """The network ``name``, trained, in eval mode; from its checkpoint if there is one.
 
@@ -145,7 +157,15 @@ def trained(
             return model.eval()
         print(f"training {name} for {recipe.epochs} epochs", file=sys.stderr)
         convert_conv2d_weight_memory_format(model, torch.channels_last)
-        _train(model, recipe, train, check, seed)
+        start = time.perf_counter()
+
+        def note(epoch: int, loss: float) -> None:
+            del loss
+            if epoch % 5 == 4:
+                score, spent = accuracy(model.eval(), check), time.perf_counter() - start
+                print(f"epoch {epoch + 1}: {score:.2f} % after {spent:.0f} s", file=sys.stderr)
+
+        train(model, recipe, data, seed, note)
     RESULTS.mkdir(exist_ok=True)
     convert_conv2d_weight_memory_format(model, torch.contiguous_format)
     partial = path.with_suffix(".part")

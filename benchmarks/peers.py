@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from torch.ao.quantization import get_default_qconfig_mapping, quantize_dynamic
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    from torch.ao.quantization import (
+        get_default_qat_qconfig_mapping,
+        get_default_qconfig_mapping,
+        quantize_dynamic,
+    )
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 ENGINES = ("x86", "fbgemm", "onednn")
 
@@ -38,6 +42,15 @@ def fx_static(model: nn.Module, data: Iterable[Tensor], engine: str) -> nn.Modul
             prepared(batch)
         converted: nn.Module = convert_fx(prepared)
     return converted
+
+
+def fx_qat(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy prepared for quantization-aware training by torch's own means, in training mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapping = get_default_qat_qconfig_mapping("x86")
+        made: nn.Module = prepare_qat_fx(copy.deepcopy(model).train(), mapping, (example,))
+    return made
 
 
 def dynamic_recurrent(model: nn.Module) -> nn.Module:
