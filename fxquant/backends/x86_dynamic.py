@@ -24,6 +24,8 @@ from fxquant.numerics.dynamic import byte_rows
 from fxquant.spec import QSpec
 
 _ONEDNN: Final = torch.ops.onednn
+_AT_ONCE: Final = 2**18
+"""How many weights are added up together."""
 _PLAIN: Final = QType(1.0, 0, 0, 255, torch.uint8)
 _FLOAT: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 
@@ -157,4 +159,7 @@ class X86DynamicConv(X86Layer):
 
 
 def _sums(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.flatten(1).sum(1, dtype=torch.int32).to(torch.float32) * scale
+    # Some rows at a time: to add them up, torch makes them four times as wide.
+    rows = weight.flatten(1)
+    parts = rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
+    return torch.cat([part.sum(1, dtype=torch.int32) for part in parts]).to(torch.float32) * scale
