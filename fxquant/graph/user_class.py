@@ -48,7 +48,7 @@ class UserModule(GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = super().__reduce__()
-        return _restored, (type(self).__name__, made[0], made[1], _known(self.graph))
+        return restored, (type(self).__name__, made[0], made[1], _known(self.graph))
 
 
 def _nothing(module: nn.Module) -> None:
@@ -98,14 +98,16 @@ def _remember(module: GraphModule, known: tuple[_Known, ...]) -> None:
             node.meta[KEY] = held[node.target]
 
 
-def _restored(
+def restored(
     name: str,
     rebuild: Callable[..., GraphModule],
     arguments: tuple[Any, ...],
     known: tuple[_Known, ...],
+    kind: type[UserModule] = UserModule,
 ) -> UserModule:
+    """A module from a pickle: what ``__reduce__`` put there, as ``kind``."""
     plain = rebuild(*arguments)
-    made = _made(plain, plain.graph, name)
+    made = _made(plain, plain.graph, name, kind)
     _remember(made, known)
     made.meta.update(arguments[0].get("meta", {}))
     for key, value in plain.__dict__.items():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.trained_layers import is_trained_layer
-from fxquant.graph.user_class import UserModule
+from fxquant.graph.user_class import UserModule, restored
 
 _FROZEN: Final = "fxquant_frozen"
 _REGISTRIES: Final = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -25,6 +25,10 @@ class TrainableModule(UserModule):
 
     ``train()`` leaves modules that were frozen in evaluation mode.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, arguments = super().__reduce__()
+        return _restored_tree, (arguments, {name: self.__dict__[name] for name in _REGISTRIES})
 
     def freeze(self, paths: Iterable[str], frozen: bool = True) -> None:
         """Keep modules in evaluation mode from now on, or let them follow the model again.
@@ -52,6 +56,13 @@ class TrainableModule(UserModule):
             # The copy is known by now: torch.fx has made it, and then looked for calls in it.
             made.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return made
+
+
+def _restored_tree(arguments: tuple[Any, ...], registries: dict[str, Any]) -> UserModule:
+    name, rebuild, held, known = arguments
+    made = restored(name, rebuild, held, known, TrainableModule)
+    made.__dict__.update(registries)
+    return made
 
 
 def adopt_tree(made: TrainableModule, root: nn.Module, model: nn.Module, home: str) -> None:

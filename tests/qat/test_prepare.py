@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -118,6 +119,24 @@ def test_a_copy_is_the_same_model_and_trains_on_its_own() -> None:
     before = {key: value.clone() for key, value in made.state_dict().items()}
     trained(twin, pictures)
     assert all(torch.equal(made.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_pickle_is_the_same_model_and_trains_on() -> None:
+    _, made = prepared("residual")
+    trained(made, pictures)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    twin: Any = torch.load(file, weights_only=False)
+    fxquant.Schedule(twin)
+    assert list(twin.state_dict()) == list(made.state_dict())
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in made.named_parameters()]
+    for each in (made, twin):
+        trained(each, pictures)
+    for key, value in made.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value), key
+    converted = fxquant.convert(twin, backend="reference")
+    assert fxquant.verify(twin, converted, [pictures(50)]).ok
 
 
 def test_frozen_layers_stay_as_they_are() -> None:
