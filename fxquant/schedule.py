@@ -135,7 +135,7 @@ class Schedule:
         >>> for batch in torch.randn(3, 2, 3, 8, 8):
         ...     loss = prepared.train()(batch).sum()  # and backward, and the optimizer
         ...     schedule.step()
-        >>> schedule, prepared[1].training
+        >>> schedule, prepared.get_submodule("1").training
         (Schedule(after 3 steps), False)
     """
 

@@ -283,6 +283,6 @@ def test_ctrl_c_of_the_process(tmp_path: Path) -> None:
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
     assert not (tmp_path / "model.pt").exists()
