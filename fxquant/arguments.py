@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ConfigError
 from fxquant.graph.settle import computes_a_weight
+from fxquant.numerics.finite import all_finite
 from fxquant.passes.configure import Selector
 from fxquant.record import KEY
 from fxquant.spec import QConfig, resolve_qconfig
@@ -46,7 +46,7 @@ def check_model(model: nn.Module) -> None:
     _check_own_calls(model)
     _check_dtype(model)
     for name, weight in model.named_parameters():
-        if not _is_finite(weight.detach()):
+        if not all_finite(weight.detach()):
             raise ConfigError(
                 f"{name} holds NaN or infinity, and so will every result: load other weights"
             )
@@ -127,13 +127,6 @@ def check_floats(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"{type(model).__name__} computes on no floating-point tensors: neither its weights "
             "nor its inputs are float, and there is nothing to quantize"
         )
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass, nothing the size of the weight is made."""
-    if not weight.is_floating_point() or not weight.numel():
-        return True
-    return all(math.isfinite(end.item()) for end in torch.aminmax(weight))
 
 
 def check_mode(mode: str, allowed: tuple[str, ...]) -> None:

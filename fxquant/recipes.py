@@ -43,6 +43,7 @@ from fxquant.passes.share_scales import ShareScales
 from fxquant.passes.split_output_size import SplitOutputSize
 from fxquant.passes.split_padding import SplitPadding
 from fxquant.passes.unshare import Unshare
+from fxquant.passes.unsigned_codes import UnsignedCodes
 from fxquant.patterns.builtin import FUSION_RULES
 from fxquant.patterns.rule import Rule
 from fxquant.patterns.trained import TRAINING_RULES
@@ -165,10 +166,11 @@ def fake_quantize_recipe(
 
 def convert_recipe(backend: Backend, *, trained: bool = False) -> Pipeline:
     """From a calibrated graph, or a trained one, to the backend's own ops."""
-    start: tuple[Pass, ...] = (ReadRanges(), ShareScales(), Place(backend.costs))
+    unsigned = UnsignedCodes(backend.reads_unsigned)
+    start: tuple[Pass, ...] = (ReadRanges(), unsigned, ShareScales(), Place(backend.costs))
     if trained:
         # What was trained on codes is deployed on them, with the scales it was trained with.
-        start = (FoldTrained(), ReadRanges(), ShareScales(joins=False))
+        start = (FoldTrained(), ReadRanges(), unsigned, ShareScales(joins=False))
     return Pipeline(
         (
             *start,

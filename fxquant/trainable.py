@@ -20,6 +20,7 @@ from fxquant.graph.recurrent_layers import as_called
 from fxquant.graph.user_class import with_user_class
 from fxquant.graph.user_tree import TrainableModule, adopt_tree
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
+from fxquant.numerics.finite import all_finite
 from fxquant.passes.fake_quantize import HOME
 from fxquant.pipeline import first_snapshot
 from fxquant.recipes import fake_quantize_recipe, training_recipe
@@ -91,7 +92,7 @@ def check_trained(prepared: nn.Module) -> None:
             "training mode, or call fxquant.calibrate(prepared, data), before convert"
         )
     for name, tensor in (*prepared.named_parameters(), *prepared.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CalibrationError(
                 f"{name} holds NaN or infinity, and so would every result: training diverged. Go "
                 "back to a checkpoint before that, with a lower learning rate, or switch "

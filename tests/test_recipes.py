@@ -43,8 +43,8 @@ def test_convert_goes_on_where_prepare_ends() -> None:
     assert steps[0].needs is last.gives
     assert steps[-1].gives is Stage.LOWERED
     assert [step.name for step in steps] == [
-        "read-ranges", "share-scales", "place", "convert-recurrent", "convert-weights", "convert",
-        "cast-floats", "convert-dynamic", "call-kernels", "lower",
+        "read-ranges", "unsigned-codes", "share-scales", "place", "convert-recurrent",
+        "convert-weights", "convert", "cast-floats", "convert-dynamic", "call-kernels", "lower",
     ]  # fmt: skip
 
 

@@ -250,6 +250,10 @@ class Backend(Protocol):
     def saturates_pairs(self) -> bool:
         """Whether its kernels add u8*s8 products in pairs of 16 bits (x86 without VNNI)."""
 
+    @property
+    def reads_unsigned(self) -> bool:
+        """Whether its kernels read uint8; then int8 activations are stored so, 128 higher."""
+
     def missing(self) -> str | None:
         """Why it cannot run here, or ``None``."""
 

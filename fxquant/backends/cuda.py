@@ -111,6 +111,7 @@ class Cuda:
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
     costs: Costs = MEASURED
     saturates_pairs: bool = False
+    reads_unsigned: bool = False
 
     def missing(self) -> str | None:
         """No GPU that torch can use, or a torch without the product."""

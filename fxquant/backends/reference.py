@@ -23,6 +23,7 @@ class Reference:
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
     costs: Costs = MEASURED
     saturates_pairs: bool = False
+    reads_unsigned: bool = False
 
     def missing(self) -> str | None:
         """It runs everywhere."""

@@ -46,6 +46,7 @@ class X86:
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: {IntegerRecurrent: X86Recurrent}
     )
+    reads_unsigned: bool = True
     costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)
 
     @property

@@ -246,7 +246,8 @@ class Observer(nn.Module):
             pieces = [piece.aminmax() for piece in values.split(CHUNK)]
             lows, highs = (torch.stack(ends) for ends in zip(*pieces, strict=True))
         else:
-            lows, highs = values.aminmax(dim=1)
+            # Two reductions: aminmax(dim=), in one, takes several times as long on CPUs.
+            lows, highs = values.amin(1), values.amax(1)
         if not all(map(math.isfinite, lows.tolist() + highs.tolist())):
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
             raise NonFiniteError(self.path, nan, inf)

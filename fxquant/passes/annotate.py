@@ -30,6 +30,7 @@ from fxquant.graph.view import (
     tensor_sources,
     units,
 )
+from fxquant.numerics.finite import all_finite
 from fxquant.passes.base import Pass
 from fxquant.spec import Scheme
 
@@ -178,7 +179,7 @@ def _bad_weight(op: Op, node: Node, weight_is_float: bool) -> str | None:
         return "its weight has no shape yet: run the model once before quantizing"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}, and int8 kernels are made from float32"
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         return "its weight holds NaN or infinity"
     return None
 

@@ -18,6 +18,7 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.info import Decision, NodeInfo, info
 from fxquant.graph.recurrent_layers import UNASKED, recurrent_layer, recurrent_matrices
 from fxquant.graph.verify import Stage
+from fxquant.numerics.finite import all_finite
 from fxquant.numerics.integer import INT32_MAX
 from fxquant.passes.base import Pass
 from fxquant.spec import ROWS, QConfig
@@ -83,7 +84,7 @@ def _cannot(layer: nn.RNNBase, config: QConfig) -> str | None:
             return f"its {name} is computed in every call"
         if weight.dtype != torch.float32:
             return f"its {name} is {weight.dtype}, and int8 kernels are made from float32"
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             return f"its {name} holds NaN or infinity"
         if weight.shape[1] > _WIDEST:
             return "the sum of its products could pass 32 bits"

@@ -33,6 +33,7 @@ from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import is_given, tensor_sources
 from fxquant.numerics.affine import quantize_weight
+from fxquant.numerics.finite import all_finite
 from fxquant.numerics.integer import fits_int32, pair_saturates
 from fxquant.numerics.integer_weights import integer_weight
 from fxquant.numerics.qparams import QParams
@@ -229,7 +230,7 @@ def _stays_float(editor: Editor, layer: nn.Embedding | nn.EmbeddingBag, asked: b
         return "max_norm changes its table in every call"
     if table.dtype != torch.float32 or table.shape[1] < 2 or table.numel() == 0:
         return f"a {table.dtype} table {list(table.shape)} would not shrink"
-    if not bool(torch.isfinite(table).all()):
+    if not all_finite(table):
         return "its table holds NaN or infinity"
     for path, owner in editor.module.named_modules():
         shares = any(held is table for held in owner._parameters.values())

@@ -19,6 +19,7 @@ from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import DEQUANTIZE_STORED, is_op, module_of, op_named, op_of
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
+from fxquant.numerics.finite import all_finite
 from fxquant.numerics.stored import store_weight
 from fxquant.numerics.stored_tables import StoredEmbedding, StoredEmbeddingBag, StoredParts
 from fxquant.passes.base import Pass
@@ -143,7 +144,7 @@ def _stays_float(editor: Editor, node: Node, takers: set[str]) -> str | None:
         return "max_norm changes its table in every call"
     if table.dtype != torch.float32 or table.numel() == 0:
         return f"a {table.dtype} table {list(table.shape)} would not shrink"
-    if not bool(torch.isfinite(table).all()):
+    if not all_finite(table):
         return "its table holds NaN or infinity"
     for path, owner in editor.module.named_modules():
         if any(held is table for held in owner._parameters.values()) and path not in takers:

@@ -129,8 +129,8 @@ def reference_of(prepared: GraphModule) -> GraphModule:
     """The reference model with the integer weights and float ops that the x86 model has here."""
     made, like = recipes._BACKENDS["reference"](), recipes._BACKENDS["x86"]()
     assert isinstance(made, Reference)
-    pairs, costs = like.saturates_pairs, like.costs
-    twin = dataclasses.replace(made, saturates_pairs=pairs, costs=costs)
+    pairs, unsigned, costs = like.saturates_pairs, like.reads_unsigned, like.costs
+    twin = dataclasses.replace(made, saturates_pairs=pairs, reads_unsigned=unsigned, costs=costs)
     with mock.patch.dict(recipes._BACKENDS, reference=lambda: twin):
         return fxquant.convert(prepared, backend="reference")
 

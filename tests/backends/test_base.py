@@ -53,6 +53,7 @@ def test_backends_keep_the_protocol(backend: Backend) -> None:
     assert all(name.startswith(f"{backend.name}-") for name in names)
     assert backend.costs.quantize.call > 0
     assert isinstance(backend.saturates_pairs, bool)
+    assert isinstance(backend.reads_unsigned, bool)
 
 
 def test_x86_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
