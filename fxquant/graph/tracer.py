@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxquant.graph.answers import Answers, may_drop_dims
 from fxquant.graph.containers import kind_of, rebuild, take_apart
@@ -257,7 +258,8 @@ def _kind(value: Any) -> ValueKind:
     if isinstance(value, (*SCALARS, torch.device)):
         return "scalar"
     if isinstance(value, tuple | list):
-        if all(isinstance(item, Tensor) for item in value):
+        # One of sequences that come sorted by length has no indices to sort them by.
+        if isinstance(value, PackedSequence) or all(isinstance(item, Tensor) for item in value):
             return "tensors"
         # What an LSTM returns is a tensor and a pair of them: neither.
         return "sizes" if all(isinstance(item, SCALARS) for item in value) else "unknown"

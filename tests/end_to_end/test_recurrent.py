@@ -124,6 +124,26 @@ class Packs(nn.Module):
         return self.last(pad_packed_sequence(out, batch_first=True)[0])
 
 
+class Sorted(nn.Module):
+    """Sequences that come in the order of their lengths: packed, they need no indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.LSTM(32, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        packed = pack_padded_sequence(x, torch.tensor([12, 5, 1]), batch_first=True)
+        return self.last(pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_that_come_sorted(backend: str) -> None:
+    model, x = Sorted().eval(), STEPS.transpose(0, 1).contiguous()
+    q = fxquant.quantize(model, mode="dynamic", example_inputs=(x,), backend=backend)
+    assert {op.op for op in fxquant.report(q).ops if op.int8} == {"LSTM", "linear"}
+    assert decibels(model(x), q(x)) >= 30
+
+
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize("asked", [{nn.GRU: "dynamic"}, {}])
 def test_packed_sequences_in_graphs_and_in_pieces(branches: bool, asked: dict[Any, str]) -> None:
