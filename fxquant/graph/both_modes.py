@@ -32,6 +32,8 @@ _DROPOUTS: Final[Mapping[Any, type[nn.Module]]] = {
     torch.dropout: nn.Dropout,
 }
 _ATTENTION: Final = F.scaled_dot_product_attention
+_ARGUMENTS: Final = ("input", "p", "training")
+_ATTENTION_ARGUMENTS: Final = ("query", "key", "value", "attn_mask", "dropout_p")
 
 
 class AttentionDropout(nn.Module):
@@ -129,14 +131,17 @@ def _constants(node: Node) -> str:
 
 def _dropper(a: Node, b: Node) -> nn.Module:
     """The module that drops where call ``a`` does in training and ``b`` does not."""
+    names = _ARGUMENTS if a.target in _DROPOUTS else _ATTENTION_ARGUMENTS
+    here, there = (dict(zip(names, n.args, strict=False)) | n.kwargs for n in (a, b))
     if a.target in _DROPOUTS:
-        given = dict(zip(("input", "p", "training"), a.args, strict=False)) | a.kwargs
-        p = given.get("p", 0.5)
-        if isinstance(p, int | float):
+        p = here.get("p", 0.5)
+        drops = here.get("training", True) is True
+        keeps = there.get("training", True) is False or there.get("p", 0.5) == 0.0
+        if isinstance(p, int | float) and drops and keeps:
             return _DROPOUTS[a.target](float(p))
     if a.target is _ATTENTION:
-        p = a.args[4] if len(a.args) > 4 else a.kwargs.get("dropout_p", 0.0)
-        if isinstance(p, int | float):
+        p = here.get("dropout_p", 0.0)
+        if isinstance(p, int | float) and there.get("dropout_p", 0.0) == 0.0:
             return AttentionDropout(float(p))
     raise _branches(a, b)
 

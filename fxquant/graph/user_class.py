@@ -36,13 +36,18 @@ class UserModule(GraphModule):
             bind = getattr(found, "__get__", None)
             return found if bind is None else bind(self, type(self))
 
-    def _of_class(self, name: str) -> Any:
-        """What the user's class says; nothing where a copy was loaded without that class."""
-        cls = self.__dict__.get(_CLASS)
+    def _user_class(self) -> type[nn.Module] | None:
+        """The class of the user's model; ``None`` where a copy was loaded without that class."""
+        name = self.__dict__.get(_CLASS)
         try:
-            found = inspect.getattr_static(class_named(cls), name, None) if cls else None
+            return class_named(name) if name else None
         except LoadError:
             return None
+
+    def _of_class(self, name: str) -> Any:
+        """What the user's class says."""
+        cls = self._user_class()
+        found = None if cls is None else inspect.getattr_static(cls, name, None)
         # It puts float weights into one piece of memory, and there are none.
         return _nothing if found is nn.RNNBase.flatten_parameters else found
 

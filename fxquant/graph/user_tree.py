@@ -7,7 +7,7 @@ checkpoints go by the order and the names that the user's model has.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Self
 
 from torch import nn
@@ -17,13 +17,17 @@ from fxquant.graph.trained_layers import is_trained_layer
 from fxquant.graph.user_class import UserModule, restored
 
 _FROZEN: Final = "fxquant_frozen"
+_HOME: Final = "fxquant_home"
 _REGISTRIES: Final = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_READS: Final = ("__getitem__", "__len__", "__iter__", "__contains__", "__reversed__")
+"""Special methods that read a container; Python looks for them in the class only."""
 
 
 class TrainableModule(UserModule):
     """A graph module whose modules are those of the user's model, whether or not called.
 
-    ``train()`` leaves modules that were frozen in evaluation mode.
+    ``train()`` leaves modules that were frozen in evaluation mode. Where the user's model can be
+    indexed or iterated over, so can this, and nothing but the user's modules is found.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,13 +59,45 @@ class TrainableModule(UserModule):
         for name in _REGISTRIES:
             # The copy is known by now: torch.fx has made it, and then looked for calls in it.
             made.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        _let_read(made)
         return made
+
+    def _as_users(self, cls: type[nn.Module]) -> nn.Module:
+        """This model as the user's class sees its own: without what training added.
+
+        Args:
+            cls: the user's class.
+        """
+        view = cls.__new__(cls)
+        view.__dict__.update(self.__dict__)
+        home = self.meta.get(_HOME)
+        own = {name: module for name, module in self._modules.items() if name != home}
+        view.__dict__["_modules"] = own
+        return view
+
+
+def _let_read(made: GraphModule) -> None:
+    """Give the class of one graph module what the user's class reads a container with."""
+    # torch.fx makes a class for every graph module, so no other one gets these.
+    cls = made._user_class() if isinstance(made, TrainableModule) else None
+    for name in _READS:
+        if cls is not None and getattr(cls, name, None) is not None:
+            setattr(type(made), name, _reading(cls, name))
+
+
+def _reading(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    def read(self: TrainableModule, *args: Any) -> Any:
+        return getattr(cls, name)(self._as_users(cls), *args)
+
+    read.__name__ = name
+    return read
 
 
 def _restored_tree(arguments: tuple[Any, ...], registries: dict[str, Any]) -> UserModule:
     name, rebuild, held, known = arguments
     made = restored(name, rebuild, held, known, TrainableModule)
     made.__dict__.update(registries)
+    _let_read(made)
     return made
 
 
@@ -84,16 +120,19 @@ def adopt_tree(made: TrainableModule, root: nn.Module, model: nn.Module, home: s
         parent, _, leaf = path.rpartition(".")
         if parent in names:
             del root.get_submodule(parent)._modules[leaf]
+    extra = made._modules.get(home) or nn.Module()
+    extra.train(model.training)
     for path, own in names.items():
         twin = root.get_submodule(path)
         if type(twin) is not type(own) and not is_trained_layer(twin):
             twin.__class__ = type(own)  # it was opened up for tracing
         twin.training = own.training
-    extra = made._modules.get(home) or nn.Module()
     for name in _REGISTRIES:
         made.__dict__[name] = root.__dict__[name]
-    made._modules[home] = extra.train(model.training)
+    made._modules[home] = extra
     made.training = model.training
+    made.meta[_HOME] = home
+    _let_read(made)
     made.recompile()
 
 
