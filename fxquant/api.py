@@ -50,7 +50,14 @@ from fxquant.report.checks import check_coverage, check_half, check_speed
 from fxquant.report.speed import in_order
 from fxquant.spec import Mode, QConfig, resolve_qconfig
 from fxquant.synthesis import synthesize
-from fxquant.trainable import build_trainable, check_trained
+from fxquant.trainable import (
+    build_from_copy,
+    build_trainable,
+    check_calibrated,
+    check_trained,
+    origin_of,
+    start_from,
+)
 
 _MODES: Final = ("static", "dynamic", "qat", "weight_only", "bfloat16", "float16")
 _NEED_DATA: Final = ("static",)
@@ -169,7 +176,7 @@ def _prepare_and_calibrate(
         data, transform = synthesize(model, tensor_example(example_inputs)), None
     args, kwargs = split_example(example_inputs)
     if example_inputs is None and data is not None:
-        first = feeding.first_batch(data, transform, model=model)
+        first = feeding.first_of_all(data, transform, model)
         args, kwargs, data, transform = first.args or (), first.kwargs, first.replay, None
     prepared = _prepare(model, args, kwargs, wishes, backend)
     if wishes.mode == "qat" and data is None:
@@ -225,7 +232,10 @@ def prepare(
     """Return a copy of ``model`` as a graph with fused ops and observers, ready to calibrate.
 
     Args:
-        model: a float32 model.
+        model: a float32 model; or, in mode ``"qat"``, what :func:`prepare` made of one in mode
+            ``"static"`` and :func:`calibrate` has filled: a copy of the float model it was made
+            from is prepared for training, with the ranges that were found, and with the arguments
+            below as they were given there, where they are not given here.
         mode: ``"static"``, ``"dynamic"``, ``"weight_only"``, or ``"qat"``: then ops are
             fake-quantized and the copy is to be trained; parameters keep the names and the order
             they have, and the copy stays in the mode that ``model`` is in.
@@ -239,12 +249,24 @@ def prepare(
     Raises:
         ConfigError: an argument cannot be used.
         TraceError: the model cannot be captured.
+        CalibrationError: it is one that was prepared in static mode and not calibrated.
     """
     resolve_backend(backend)
     check_mode(mode, _MODES)
     wishes = _wishes(mode, qconfig, overrides, patterns, strict)
     args, kwargs = split_example(example_inputs)
-    return _prepare(unwrapped(model), args, kwargs, wishes, backend)
+    model = unwrapped(model)
+    origin = origin_of(model) if mode == "qat" else None
+    if origin is None:
+        return _prepare(model, args, kwargs, wishes, backend)
+    given = {"qconfig": qconfig, "overrides": overrides, "patterns": patterns or None}
+    kept = [name for name, value in given.items() if value is None]
+    wishes = replace(wishes, **{name: getattr(origin.wishes, name) for name in kept})
+    if example_inputs is None:
+        args, kwargs = origin.args, origin.kwargs
+    made = _prepare(origin.model, args, kwargs, wishes, backend)
+    start_from(made, model)  # type: ignore[arg-type]  # what has an origin is a graph module
+    return made
 
 
 @_outside_inference_mode
@@ -257,6 +279,9 @@ def calibrate(
     progress: Progress = None,
 ) -> None:
     """Let the observers of a prepared model see ``data``, in one pass.
+
+    Under ``torch.distributed`` every process calls it with its own share, which may be empty, and
+    all end with the ranges of one process that saw everything.
 
     Args:
         prepared: what :func:`prepare` returned.
@@ -300,11 +325,7 @@ def convert(
     if not isinstance(prepared, GraphModule) or record.backend:
         raise ConfigError("this model is converted already: pass what prepare() returned")
     chosen = resolve_backend(backend, prepared, record.mode)
-    observers = [m for m in prepared.modules() if isinstance(m, Observer)]
-    if observers and not any(observer.seen for observer in observers):
-        raise CalibrationError(
-            "no observer has seen any data: call fxquant.calibrate(prepared, data) before convert"
-        )
+    check_calibrated(prepared, "convert")
     if record.mode == "qat":
         check_trained(prepared)
     with collector_paused():
@@ -370,5 +391,6 @@ def _prepare(
             "the model is in training mode; its copy is put in eval mode for quantization",
             FxQuantWarning,
         )
+    make = build_from_copy if wishes.mode == "static" and not wishes.borrow else build
     with torch.random.fork_rng(devices=[]), collector_paused():
-        return with_user_class(build(model, args, kwargs, wishes), model)
+        return with_user_class(make(model, args, kwargs, wishes), model)

@@ -65,7 +65,10 @@ def _check_kind(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}: pass an nn.Module")
     if isinstance(model, GraphModule) and KEY in model.meta:
-        raise ConfigError("this model was made by fxquant: pass the float model it was made from")
+        raise ConfigError(
+            "this model was made by fxquant: pass the float model it was made from (only what "
+            "was prepared in mode 'static' and calibrated can go on, by prepare(..., mode='qat'))"
+        )
 
 
 def _is_exported(model: Any) -> bool:

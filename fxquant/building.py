@@ -256,6 +256,7 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     observers = [m for m in prepared.modules() if isinstance(m, Observer)]
     made = copy.copy(record)
     made.snapshots = []
+    made.origin = None
     made.backend = backend.name
     made.observers = summaries([observer for observer in observers if observer.seen])
     made.unseen = tuple(observer.path for observer in observers if not observer.seen)

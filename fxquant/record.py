@@ -133,6 +133,7 @@ class Record:
         bytes_after: size of the converted parameters and buffers.
         timing: the speed check, when it ran.
         inputs: what the speed check feeds, random or an example; only while converting.
+        origin: what a prepared model was made of, where training may start from it.
     """
 
     mode: str
@@ -147,6 +148,7 @@ class Record:
     bytes_after: int = 0
     timing: Timing | None = None
     inputs: tuple[Any, ...] | None = None
+    origin: object | None = None
 
 
 def attach(module: GraphModule, record: Record) -> None:

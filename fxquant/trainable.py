@@ -1,32 +1,113 @@
-"""Builds models that are prepared for quantization-aware training."""
+"""Builds models prepared for quantization-aware training, from float or calibrated ones."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from fxquant.arguments import ranks
 from fxquant.backends.base import Backend
-from fxquant.building import Wishes
+from fxquant.building import Wishes, build
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.graph.both_modes import capture_both
+from fxquant.graph.capture import copied
 from fxquant.graph.held_state import state_kept
-from fxquant.graph.info import write_info
+from fxquant.graph.info import info, write_info
+from fxquant.graph.op_table import module_of, module_op
 from fxquant.graph.recurrent_layers import as_called
 from fxquant.graph.user_class import with_user_class
 from fxquant.graph.user_tree import TrainableModule, adopt_tree
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.numerics.finite import all_finite
+from fxquant.numerics.observers import Observer
 from fxquant.passes.fake_quantize import HOME
 from fxquant.pipeline import first_snapshot
 from fxquant.recipes import fake_quantize_recipe, training_recipe
-from fxquant.record import Part, Record, attach
+from fxquant.record import KEY, Part, Record, attach, record_of
 from fxquant.report.checks import nothing_int8, size_in_bytes
 from fxquant.report.ops import read_ops
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a prepared model was made of: training may start from there, with its ranges.
+
+    Args:
+        model: the float model, a copy that nobody changes. It shares its weights with the prepared
+            model wherever that has them as they were.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        wishes: configuration, overrides, patterns.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wishes: Wishes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of a user's model need not be importable where a pickle of its graph is read.
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickle keeps of an origin."""
+
+
+def build_from_copy(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wishes: Wishes
+) -> GraphModule:
+    """As :func:`build`, and the result remembers what it was made of.
+
+    Args:
+        model: the user's model; it is copied.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        wishes: configuration, overrides, patterns.
+    """
+    own = copied(model)
+    made = build(own, args, kwargs, replace(wishes, borrow=True))
+    # Copies: a model may write into what it is fed.
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    record_of(made).origin = Origin(own, args, kwargs, wishes)
+    return made
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """What a model was made of, if it is one that was prepared in static mode.
+
+    Raises:
+        CalibrationError: it was not calibrated.
+    """
+    if not isinstance(model, GraphModule) or KEY not in model.meta:
+        return None
+    origin = record_of(model).origin
+    if not isinstance(origin, Origin):
+        return None
+    check_calibrated(model, "training starts from its ranges")
+    return origin
+
+
+def check_calibrated(prepared: nn.Module, before: str) -> None:
+    """Refuse observers none of which has seen anything.
+
+    Raises:
+        CalibrationError: so it is; says what is to be done before what.
+    """
+    observers = [m for m in prepared.modules() if isinstance(m, Observer)]
+    if observers and not any(observer.seen for observer in observers):
+        raise CalibrationError(
+            f"no observer has seen any data: call fxquant.calibrate(prepared, data) before {before}"
+        )
 
 
 def build_trainable(
@@ -77,6 +158,38 @@ def build_trainable(
         raise TypeError(f"{type(made).__name__} does not keep the user's modules")
     adopt_tree(made, root, model, HOME)
     return made
+
+
+def start_from(trainee: GraphModule, calibrated: GraphModule) -> None:
+    """Let fake-quants begin with the ranges that observers of the same values found.
+
+    Args:
+        trainee: a model prepared for training, changed in place.
+        calibrated: the same model, prepared in static mode and calibrated.
+    """
+    dropped = {
+        origin
+        for node in trainee.graph.find_nodes(op="call_module")
+        if (op := module_op(module_of(node))) is not None and op.name == "dropout"
+        for origin in info(node).origins
+    }
+    watched: dict[str, list[tuple[Node, Observer]]] = {}
+    for node in calibrated.graph.find_nodes(op="call_module"):
+        observer, value = module_of(node), node.args[0]
+        if isinstance(observer, Observer) and observer.seen and isinstance(value, Node):
+            # A folded norm comes last among the origins of its layer: the value is the norm's.
+            # What only drops in training comes later still, and is an op of its own there.
+            last = [name for name in info(value).origins if name not in dropped][-1:]
+            for name in last:
+                watched.setdefault(name, []).append((value, observer))
+    for node in trainee.graph.find_nodes(op="call_module"):
+        fake, value = module_of(node), node.args[0]
+        if isinstance(fake, FakeQuantize) and isinstance(value, Node):
+            found = [pair for name in info(value).origins for pair in watched.get(name, ())]
+            # One captured op may have become several, in the same way in both.
+            same = [pair for pair in found if pair[0].name == value.name] or found
+            if len(same) == 1:
+                fake.start(same[0][1].qparams())
 
 
 def check_trained(prepared: nn.Module) -> None:

@@ -38,7 +38,7 @@ class FirstBatch(NamedTuple):
 
     Args:
         args: positional arguments of ``forward``; ``None`` where the data is a function
-            ``f(model)``, which shows no batch before it runs.
+            ``f(model)``, which shows no batch before it runs, or is empty and may be.
         kwargs: keyword arguments of ``forward``.
         replay: what to calibrate with: all batches, the first included, **already transformed**
             (each exactly once), or the function itself.
@@ -75,7 +75,11 @@ class _Replay(Iterator[Batch]):
 
 
 def first_batch(
-    data: Any, transform: Transform | None = None, *, model: nn.Module | None = None
+    data: Any,
+    transform: Transform | None = None,
+    *,
+    model: nn.Module | None = None,
+    may_be_empty: bool = False,
 ) -> FirstBatch:
     """Look at the first batch without losing it, be the data a one-shot generator or not.
 
@@ -83,6 +87,7 @@ def first_batch(
         data: any kind of calibration data, see :data:`KINDS`.
         transform: turns what ``data`` yields into a batch; applied here, so do not pass it on.
         model: the model the batch is for; with it the batch is checked against ``forward``.
+        may_be_empty: data without a batch is no error: then there are no arguments.
 
     Raises:
         CalibrationError: there is no batch, or it does not fit ``forward``.
@@ -102,6 +107,8 @@ def first_batch(
     try:
         drawn = next(rest)
     except StopIteration:
+        if may_be_empty:
+            return FirstBatch(None, {}, ())
         refuse_empty(data)
     first = transformed(transform, drawn, 0)
     args, kwargs = spread(first, 0) if model is None else bind_batch(model, first, 0)

@@ -25,6 +25,7 @@ from fxquant.calibration.data import (
     refuse_empty,
     transformed,
 )
+from fxquant.calibration.together import Counted, watched_together
 from fxquant.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -35,13 +36,14 @@ from fxquant.errors import (
 from fxquant.graph.held_state import state_kept
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import NonFiniteError, Observer
+from fxquant.numerics.ranks import is_distributed
 
 Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What one calibration fed.
+    """What one calibration fed, in all processes together.
 
     Args:
         batches: how many batches the model ran on.
@@ -66,6 +68,9 @@ def calibrate(
     progress: Progress | None = None,
 ) -> CalibrationResult:
     """Run the data through a prepared model once, so that its observers see the activations.
+
+    Under ``torch.distributed`` every process calls it with its share of the data, which may be
+    empty, and all end with the ranges of one process that saw everything.
 
     Args:
         model: what ``prepare(..., mode="static")`` returned; its observers are filled in place.
@@ -99,11 +104,14 @@ def calibrate(
             f"progress is a {type(progress).__name__}: pass a function f(done, total) or None"
         )
     started = time.perf_counter()
-    with _calibrating(model, observers):
+
+    def run() -> Counted:
         if is_function(data):
-            batches, samples = _run_function(model, data, progress), None
-        else:
-            batches, samples = _feed(model, data, transform, max_batches, progress)
+            return _run_function(model, data, progress), None
+        return _feed(model, data, transform, max_batches, progress)
+
+    with _calibrating(model, observers):
+        batches, samples = watched_together(model, run)
     if observers and not any(observer.seen for observer in observers):
         raise CalibrationError(
             f"{batches} batch{'es' * (batches != 1)} ran and no value reached any of the "
@@ -121,7 +129,7 @@ def _feed(
     transform: Transform | None,
     max_batches: int | None,
     progress: Progress | None,
-) -> tuple[int, int | None]:
+) -> Counted:
     """Draw, bind and run each batch; return how many batches and samples there were."""
     batches = as_batches(data)
     total = length(batches)
@@ -143,7 +151,7 @@ def _feed(
         done += 1
         if progress is not None:
             progress(done, total)
-    if not done:
+    if not done and not is_distributed():
         refuse_empty(data)
     return done, samples.total
 
@@ -198,7 +206,7 @@ def _run_function(model: nn.Module, function: Any, progress: Progress | None) ->
         raise CalibrationError(_nonfinite(error, calls, None)) from error
     finally:
         handle.remove()
-    if not calls:
+    if not calls and not is_distributed():
         raise CalibrationError(
             "0 batches: the calibration function returned without running the model it was given. "
             "Call model(...) in it; if it is a generator function, pass what it returns"

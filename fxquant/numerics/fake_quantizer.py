@@ -8,6 +8,7 @@ branches on a tensor would wait for the GPU in every call, and could not be comp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final, TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from fxquant.numerics.fake_quant import fake_quantize_trained
 from fxquant.numerics.qparams import SMALLEST_SCALE, QParams, steps_from_range
-from fxquant.numerics.ranks import largest_everywhere
+from fxquant.numerics.ranks import is_distributed, largest_everywhere
+from fxquant.numerics.shards import Part, Watcher, steps_together
 from fxquant.spec import QSpec
 
 T = TypeVar("T")
@@ -111,7 +113,7 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class FakeQuantize(FakeQuantizer):
+class FakeQuantize(FakeQuantizer, Watcher):
     """Return what is left of an activation in a few bits, and follow its range while training.
 
     The range is a moving average of minimum and maximum (of a spec with ``observer="minmax"``: the
@@ -137,6 +139,7 @@ class FakeQuantize(FakeQuantizer):
         super().__init__(spec, path)
         self.floating = True
         self.calibrating = False
+        self._steps: list[tuple[Tensor, Tensor]] | None = None
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros(1))
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
@@ -151,33 +154,73 @@ class FakeQuantize(FakeQuantizer):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             self.floating = False
             return x
-        if self.observing and (self.training or self.calibrating) and x.numel():
+        if self.observing and (self.training or self.calibrating):
             self._observe(x.detach())
         if self.calibrating or not self.quantizing:
             return x
         count = x.numel() // x.shape[0] if x.dim() and x.shape[0] else 1
         return self._fake(x, self.scale, self.zero_point, count)  # type: ignore[return-value]  # T is Tensor here
 
-    def start(self, low: Tensor, high: Tensor) -> None:
-        """Begin with a range that calibration found.
+    def start(self, found: QParams) -> None:
+        """Begin with what calibration found; from there it goes on as after a first batch.
 
         Args:
-            low: smallest value, [1].
-            high: largest value, [1].
+            found: one scale and zero point.
         """
+        low, high = found.representable()
         with torch.no_grad():
             self.low.copy_(low)
             self.high.copy_(high)
             self.batches.fill_(1)
             self._choose()
+            if (found.quant_min, found.quant_max) == (self.spec.quant_min, self.spec.quant_max):
+                self._set(found.scale, found.zero_point)
+
+    def begin_part(self) -> None:
+        """Only write down the ends of what comes by."""
+        self._steps = []
+
+    def part(self) -> Part:
+        """The ends, in their order."""
+        return Part(floating=self.floating, steps=tuple(self._steps or ()))
+
+    def join_parts(self, parts: Sequence[Part]) -> None:
+        """Follow the steps of all processes together, as in training."""
+        self._steps = None
+        self.floating = all(part.floating for part in parts)
+        for low, high in steps_together(parts):
+            self._follow(low.to(self.low.device), high.to(self.low.device))
+
+    def drop_part(self) -> None:
+        """Nothing has changed yet."""
+        self._steps = None
 
     def _observe(self, x: Tensor) -> None:
         if in_backward():
             return
         with torch.no_grad():
-            low, high = torch.aminmax(x)
-            ends = largest_everywhere(torch.stack((-low, high)).to(torch.float32))
+            alone = self._steps is not None or not is_distributed()
+            if not x.numel():
+                # The other processes may have something, and wait for what this one brings.
+                if alone:
+                    return
+                low = torch.full((), math.inf, device=x.device)
+                high = -low
+            else:
+                low, high = torch.aminmax(x)
+            ends = torch.stack((-low, high)).to(torch.float32)
+            if not alone:
+                # What a maximum makes of NaN differs from one library to the next.
+                ends = torch.where(ends.isnan(), math.inf, ends)
+                ends = largest_everywhere(ends)
             low, high = -ends[:1], ends[1:]
+            if self._steps is None:
+                self._follow(low, high)
+            else:
+                self._steps.append((low.cpu(), high.cpu()))
+
+    def _follow(self, low: Tensor, high: Tensor) -> None:
+        with torch.no_grad():
             usable = torch.isfinite(low) & torch.isfinite(high)
             first = self.batches == 0
             if self.spec.learned:

@@ -11,8 +11,10 @@ the batch in the norm.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.numerics.fake_quantizer import FakeQuantizer
 from fxquant.numerics.qparams import SMALLEST_SCALE
@@ -60,6 +62,8 @@ class FakeQuantizeWeight(FakeQuantizer):
         channels = shape[axis] if per_channel else 1
         super().__init__(spec, path, channels, axis if per_channel else None)
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
+        # What the buffer says, for code that is compiled: it cannot branch on a tensor.
+        self.started = False
         self.groups = groups
         self._channel_axis = axis
         self._view = [1] * len(shape)
@@ -79,6 +83,7 @@ class FakeQuantizeWeight(FakeQuantizer):
             with torch.no_grad():
                 self._set(self.covering(weight.detach(), spread))
                 self.batches.fill_(1)
+            self.started = True
         if not self.quantizing:
             return weight
         step = self.step(weight.detach(), self.scale, spread)
@@ -132,4 +137,29 @@ class FakeQuantizeWeight(FakeQuantizer):
 
     def _follows(self) -> bool:
         """A step that is learned follows the weight until training has used it once."""
-        return self.observing and not (self.spec.learned and bool(self.batches))
+        return self.observing and not (self.spec.learned and self.started)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.started = bool(self.batches)
+
+
+class Rounding:
+    """Rounds the weight of one layer as training does, with the batch norm that follows it.
+
+    Args:
+        fake: of the layer.
+        norm: the batch norm that one scale for all channels has to look at, if there is one.
+    """
+
+    def __init__(self, fake: FakeQuantizeWeight, norm: nn.Module | None = None) -> None:
+        self._fake, self._norm = fake, norm
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """What is left of the weight."""
+        norm: Any = self._norm
+        factor = None if norm is None else fold_factor(norm.weight, norm.running_var, norm.eps)
+        made: Tensor = self._fake(weight, factor)
+        return made

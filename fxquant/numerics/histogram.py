@@ -115,13 +115,26 @@ class HistogramObserver(Observer):
         old_exponent, old_first = self.grid.tolist()
         if (exponent, first) == (old_exponent, old_first):
             return
-        used = self.bins.nonzero().view(-1)
-        # From 12 doublings on everything is in bin 0, whatever their number.
-        merged = 2 ** min(exponent - old_exponent, 12)
-        place = (used + old_first).div(merged, rounding_mode="trunc")
-        counts = self.bins[used]
-        self.bins.zero_().index_add_(0, place - first, counts)
+        place, counts = _moved(self.bins, (old_exponent, old_first), (exponent, first))
+        self.bins.zero_().index_add_(0, place, counts)
         self.grid.copy_(torch.tensor([exponent, first]))
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.bins.zero_()
+        self.grid.copy_(torch.tensor([_SMALLEST_EXPONENT, 0]))
+
+    def _take_in(self, seen: dict[str, Tensor]) -> None:
+        if int(seen["tally"][1]):
+            exponent, first = grid_for(
+                min(float(seen["low"]), float(self.low), 0.0),
+                max(float(seen["high"]), float(self.high), 0.0),
+            )
+            self._regrid(exponent, first)
+            theirs = seen["grid"].tolist()
+            bins = seen["bins"].to(self.bins.device)
+            self.bins.index_add_(0, *_moved(bins, (theirs[0], theirs[1]), (exponent, first)))
+        super()._take_in(seen)
 
     def qparams(self) -> QParams:
         """Choose the qparams of least squared error for everything seen so far.
@@ -153,6 +166,15 @@ class HistogramObserver(Observer):
 
     def _report_counts(self) -> tuple[int, ...]:
         return self._findings().counts
+
+
+def _moved(bins: Tensor, old: tuple[int, int], new: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where the bins in use lie among bins that are as wide or wider, and their counts."""
+    used = bins.nonzero().view(-1)
+    # From 12 doublings on everything is in bin 0, whatever their number.
+    merged = 2 ** min(new[0] - old[0], 12)
+    place = (used + old[1]).div(merged, rounding_mode="trunc")
+    return place - new[1], bins[used]
 
 
 def search_together(observers: Iterable[HistogramObserver]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.numerics.qparams import QParams, choose_qparams
+from fxquant.numerics.shards import Part, Watcher, first_fact
 from fxquant.spec import QSpec
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ class ObserverSummary:
     counts: tuple[int, ...] = ()
 
 
-class Observer(nn.Module):
+class Observer(Watcher):
     """Return the input unchanged and remember what is needed to choose its qparams.
 
     The state is buffers, so ``deepcopy``, ``state_dict`` and ``.to`` keep it; nothing of the
@@ -120,6 +121,7 @@ class Observer(nn.Module):
         self.floating = True
         self.first_shape: tuple[int, ...] | None = None
         self.first_dtype: str | None = None
+        self._before: dict[str, Tensor] | None = None
         # Per channel, the number of channels is known only once a tensor came by.
         channels = 1 if self.axis is None else 0
         for name, start in self._per_channel.items():
@@ -183,6 +185,51 @@ class Observer(nn.Module):
             dtype=self.first_dtype,
             counts=self._report_counts(),
         )
+
+    def begin_part(self) -> None:
+        """Put what was seen aside and begin anew."""
+        self._before = self._state()
+        self._forget()
+
+    def part(self) -> Part:
+        """What was seen since then; nothing of the tensors themselves."""
+        facts = {"shape": self.first_shape, "dtype": self.first_dtype}
+        return Part(self._before or {}, self._state(), facts, self.floating)
+
+    def join_parts(self, parts: Sequence[Part]) -> None:
+        """Take in what each process saw; the order of the processes does not matter."""
+        self._restore(parts[0].before)
+        self._before = None
+        for part in parts:
+            self._take_in(part.own)
+        self.first_shape, self.first_dtype = (first_fact(n, parts) for n in ("shape", "dtype"))
+        self.floating = all(part.floating for part in parts)
+
+    def drop_part(self) -> None:
+        """As it was at the beginning."""
+        self._restore(self._before or {})
+        self._before = None
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: buffer.cpu().clone() for name, buffer in self.named_buffers()}
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        for name, saved in state.items():
+            self.get_buffer(name).resize_(saved.shape).copy_(saved)
+
+    def _forget(self) -> None:
+        for name, start in self._per_channel.items():
+            self.get_buffer(name).resize_(1 if self.axis is None else 0).fill_(start)
+        self.tally.zero_()
+
+    def _take_in(self, seen: dict[str, Tensor]) -> None:
+        """Add what another observer of the same place saw."""
+        low, high, tally = (seen[n].to(self.tally.device) for n in ("low", "high", "tally"))
+        if int(tally[1]):
+            self._fit_channels(low)
+            torch.minimum(self.low, low, out=self.low)
+            torch.maximum(self.high, high, out=self.high)
+        self.tally.add_(tally)
 
     def extra_repr(self) -> str:
         """Show the place and the spec in ``print(model)``."""

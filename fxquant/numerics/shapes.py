@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from fxquant.numerics.shards import Part, Watcher, first_fact
 
 T = TypeVar("T")
 
 
-class ShapeRecorder(nn.Module):
+class ShapeRecorder(Watcher):
     """Return the input unchanged and remember the shape of the first tensor with elements.
 
     Args:
@@ -39,6 +42,20 @@ class ShapeRecorder(nn.Module):
             if isinstance(found, Tensor) and found.numel():
                 self.first_shape = tuple(found.shape)
         return x
+
+    def begin_part(self) -> None:
+        """Watch on: the first shape is the same, whoever sees it."""
+
+    def part(self) -> Part:
+        """The shape, if one was seen."""
+        return Part(facts={"shape": self.first_shape})
+
+    def join_parts(self, parts: Sequence[Part]) -> None:
+        """The shape that the first process saw."""
+        self.first_shape = first_fact("shape", parts)
+
+    def drop_part(self) -> None:
+        """Keep the shape: it does no harm."""
 
     def extra_repr(self) -> str:
         """Show the place in ``print(model)``."""

@@ -1,25 +1,29 @@
-"""Training loops of other kinds: several processes, compiled, checkpointed, accumulated."""
+"""Training loops of other kinds: compiled, checkpointed, accumulated."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from tests.qat.models import built, pictures, trained
-from tests.qat.worker import BATCHES, Plain, plain, shard, train_shard
 
 
-def prepared() -> Any:
-    return fxquant.prepare(built("residual"), mode="qat", example_inputs=(pictures(),))
+def prepared(learned: bool = False) -> Any:
+    activation = fxquant.QSpec(learned=learned)
+    weight = fxquant.QSpec(
+        "int8", symmetric=True, granularity="channel", observer="minmax", learned=learned
+    )
+    config = fxquant.QConfig(activation, weight)
+    return fxquant.prepare(
+        built("residual"), mode="qat", example_inputs=(pictures(),), qconfig=config
+    )
 
 
 def same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
@@ -27,23 +31,6 @@ def same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
     for key, value in a.state_dict().items():
         other = b.state_dict()[key]
         torch.testing.assert_close(other, value, rtol=tolerance, atol=tolerance, msg=key)
-
-
-def test_two_processes_have_the_ranges_and_weights_of_one(tmp_path: Path) -> None:
-    spawn(train_shard, args=(str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    alone = fxquant.prepare(plain(), mode="qat", example_inputs=(shard(0, 0),))
-    optimizer = torch.optim.SGD(alone.parameters(), 0.05)
-    for step in range(BATCHES):
-        optimizer.zero_grad()
-        whole = torch.cat([shard(step, rank) for rank in range(2)])
-        alone(whole).square().mean().backward()
-        optimizer.step()
-    for key, value in alone.state_dict().items():
-        assert torch.equal(states[0][key], states[1][key]), key
-        # Gradients are averaged over processes in another order than over one batch.
-        torch.testing.assert_close(states[0][key], value, rtol=1e-5, atol=1e-6, msg=key)
-    assert type(plain()) is Plain
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -79,8 +66,9 @@ def test_accumulated_gradients_are_those_of_the_sum() -> None:
 
 # torch.compile instantiates the autograd functions that it traces, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_model_trains_as_the_plain_one_and_converts() -> None:
-    one, two = prepared(), prepared()
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_compiled_model_trains_as_the_plain_one_and_converts(learned: bool) -> None:
+    one, two = prepared(learned), prepared(learned)
     compiled: Any = torch.compile(two, backend="eager", fullgraph=True)
     for model in (one, compiled):
         trained(model, pictures)

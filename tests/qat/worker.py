@@ -1,15 +1,9 @@
-"""What each process of the distributed test runs."""
+"""The network and the batches of the distributed tests, the same in every process."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-import fxquant
 
 BATCHES = 3
 
@@ -37,22 +31,3 @@ def shard(step: int, rank: int) -> Tensor:
     """The batch of one process; ranks see other ranges."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     return (1.0 + rank) * torch.randn(4, 3, 8, 8, generator=generator)
-
-
-def train_shard(rank: int, folder: str) -> None:
-    """Train under DDP and write the state of this rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        prepared = fxquant.prepare(plain(), mode="qat", example_inputs=(shard(0, 0),))
-        model = DistributedDataParallel(prepared)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05)
-        for step in range(BATCHES):
-            optimizer.zero_grad()
-            model(shard(step, rank)).square().mean().backward()
-            optimizer.step()
-        torch.save(prepared.state_dict(), Path(folder) / f"rank{rank}.pt")
-        # What is wrapped converts as it is.
-        fxquant.convert(model, backend="reference")
-    finally:
-        dist.destroy_process_group()
