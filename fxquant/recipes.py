@@ -28,7 +28,7 @@ from fxquant.passes.convert_dynamic import ConvertDynamic
 from fxquant.passes.convert_recurrent import ConvertRecurrent
 from fxquant.passes.convert_weights import ConvertWeights
 from fxquant.passes.decompose import Decompose
-from fxquant.passes.fake_quantize import InsertFakeQuants
+from fxquant.passes.fake_quantize import HOME, InsertFakeQuants
 from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.fold_trained import FoldTrained
 from fxquant.passes.functionalize import Functionalize
@@ -39,9 +39,11 @@ from fxquant.passes.open_attention import OpenAttention
 from fxquant.passes.place import Place
 from fxquant.passes.propose import Propose
 from fxquant.passes.read_ranges import ReadRanges
+from fxquant.passes.restore_units import RestoreUnits
 from fxquant.passes.share_scales import ShareScales
 from fxquant.passes.split_output_size import SplitOutputSize
 from fxquant.passes.split_padding import SplitPadding
+from fxquant.passes.train_units import TrainUnits
 from fxquant.passes.unshare import Unshare
 from fxquant.passes.unsigned_codes import UnsignedCodes
 from fxquant.patterns.builtin import FUSION_RULES
@@ -159,9 +161,8 @@ def fake_quantize_recipe(
         backend: what the model will be converted for.
         droppers: what drops at random in training, by the name of the node that calls it.
     """
-    return Pipeline(
-        (Propose(), Place(backend.costs), InsertFakeQuants(backend.saturates_pairs, droppers))
-    )
+    insert = InsertFakeQuants(backend.saturates_pairs, droppers, backend.costs)
+    return Pipeline((Propose(), Place(backend.costs), insert, TrainUnits(HOME)))
 
 
 def convert_recipe(backend: Backend, *, trained: bool = False) -> Pipeline:
@@ -170,7 +171,8 @@ def convert_recipe(backend: Backend, *, trained: bool = False) -> Pipeline:
     start: tuple[Pass, ...] = (ReadRanges(), unsigned, ShareScales(), Place(backend.costs))
     if trained:
         # What was trained on codes is deployed on them, with the scales it was trained with.
-        start = (FoldTrained(), ReadRanges(), unsigned, ShareScales(joins=False))
+        read = (RestoreUnits(), FoldTrained(), ReadRanges())
+        start = (*read, unsigned, ShareScales(joins=False))
     return Pipeline(
         (
             *start,

@@ -18,6 +18,7 @@ from fxquant.errors import ConfigError
 from fxquant.graph.info import info
 from fxquant.graph.op_table import is_op, module_of
 from fxquant.graph.settle import unwrapped
+from fxquant.graph.trained_units import TrainedUnit
 from fxquant.graph.user_tree import TrainableModule
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.passes.configure import Selector, nothing_matches, predicate
@@ -263,6 +264,8 @@ def _fakes(
     found: list[FakeQuantizer] = []
     for node in model.graph.find_nodes(op="call_module"):
         fake = module_of(node)
+        if isinstance(fake, TrainedUnit) and matches(node):
+            found += [each for each in fake.added if isinstance(each, FakeQuantizer)]
         if isinstance(fake, FakeQuantizer):
             # A weight belongs to the layer that reads it, an activation to what makes it.
             owner = node.args[0] if isinstance(fake, FakeQuantize) else next(iter(node.users), node)
@@ -275,11 +278,13 @@ def _fakes(
 
 def _norms(model: GraphModule, where: Selector | None, allow_none: bool = False) -> list[str]:
     matches = _unit_matches(model, where)
-    found = [
-        str(node.target)
-        for node in model.graph.find_nodes(op="call_module")
-        if is_op(node, "batch_norm") and matches(node)
-    ]
+    found = []
+    for node in filter(matches, model.graph.find_nodes(op="call_module")):
+        module = module_of(node)
+        if is_op(node, "batch_norm"):
+            found.append(str(node.target))
+        elif isinstance(module, TrainedUnit):
+            found += module.norms(model)
     if not found and where is not None and not allow_none:
         raise _nothing(model, where)
     return list(dict.fromkeys(found))

@@ -60,6 +60,10 @@ class Costs:
         """The cost of ``op`` in float."""
         return self.in_float.get(op, self.in_float[""])
 
+    def recurrent(self) -> tuple[Cost, Cost]:
+        """The costs of a step of a recurrent layer in float and on codes."""
+        return self.real("recurrent"), self.codes("recurrent")
+
 
 _POOLS: Final = tuple(f"max_pool{rank}d" for rank in (1, 2, 3))
 

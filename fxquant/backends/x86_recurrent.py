@@ -23,8 +23,9 @@ from torch import Tensor
 from fxquant.backends.x86_lstm_loop import fastest_lstm_loop
 from fxquant.backends.x86_row_sums import RowSums
 from fxquant.numerics.dynamic import quantize_rows
-from fxquant.numerics.integer_recurrent import Cell, IntegerRecurrent
+from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.numerics.qparams import SMALLEST_SCALE
+from fxquant.numerics.recurrence import Cell
 from fxquant.numerics.recurrent import STATE, Kind, State
 
 _ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1, 2)}

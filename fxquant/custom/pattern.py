@@ -55,7 +55,10 @@ class Pattern:
             same parameters, a module, or a module class that is given those of the pattern's
             modules and numbers that its ``__init__`` names and called with the tensors. It is
             compared with the original in float on random inputs.
-        qat: makes the module that is trained in place of the unit, from the pattern's modules.
+        qat: makes the module that is trained in the place of the unit: a class or function that is
+            given those of the pattern's modules that it names, and whose result is called with the
+            pattern's tensors. Layers come as copies that share their parameters and round their
+            weights; what is deployed is the unit, with the parameters that were trained.
         kernel: an int8 implementation: called with the pattern's parameters, tensors as
             :class:`~fxquant.custom.kernels.Codes` and layers as
             :class:`~fxquant.custom.kernels.IntegerLayer`, and with ``output``, the type of the
@@ -104,6 +107,8 @@ class Pattern:
         names = tuple(p.name for p in parameters)
         if where is not None:
             _check_names(where, names, f"{self.line}: where=")
+        if qat is not None:
+            _check_names(qat, names, f"{self.line}: qat=")
         if kernel is not None:
             check_kernel_signature(kernel, names, len(self._compiled.names.ops), self.line)
         unit = CustomUnit(self.name, self.line, kernel, qat, self._compiled.names.inputs)

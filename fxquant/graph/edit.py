@@ -199,6 +199,7 @@ class Editor:
             qtype=None,
             macs=None,
             weight_scales=None,
+            matrix_scales=(),
             reads=None,
             writes=None,
         )

@@ -137,6 +137,7 @@ class NodeInfo:
         pinned: why its memory must stay as it is (something is written into it in place).
         part: what it is in the unit of a user's pattern; counts only while it has a ``unit``.
         weight_scales: the scales its weight was trained with, one or one per channel.
+        matrix_scales: the same for each weight of a recurrent layer, with its name.
     """
 
     path: str = ""
@@ -161,6 +162,7 @@ class NodeInfo:
     pinned: str = ""
     part: UnitPart | None = None
     weight_scales: tuple[float, ...] | None = None
+    matrix_scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def custom(self) -> CustomUnit | None:

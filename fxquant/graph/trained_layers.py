@@ -5,19 +5,31 @@ They are the user's own modules under a class derived from their own, and keep t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.graph.copies import share_parameters
 from fxquant.graph.op_table import class_op, register_module
+
+_ROUNDING: Final = "rounding"
+"""Where a layer that is called by a user's module has what rounds its weight."""
+
+
+def _chosen(layer: Any, given: Tensor | None) -> Tensor:
+    rounding = layer.__dict__.get(_ROUNDING)
+    if given is None and rounding is not None:
+        given = rounding(layer.weight)
+    weight: Tensor = layer.weight if given is None else given
+    return weight
 
 
 class _Conv(nn.modules.conv._ConvNd):
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """As the class's own, with another weight where one is given."""
-        chosen = self.weight if weight is None else weight
-        made: Tensor = self._conv_forward(input, chosen, self.bias)
+        made: Tensor = self._conv_forward(input, _chosen(self, weight), self.bias)
         return made
 
 
@@ -41,9 +53,6 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
         weight: Tensor | None = None,
     ) -> Tensor:
         """As the class's own, with another weight where one is given."""
-        if weight is None:
-            plain: Tensor = super().forward(input, output_size)
-            return plain
         dims = len(self.kernel_size)
         extra = self._output_padding(
             input,
@@ -55,7 +64,7 @@ class _ConvTranspose(nn.modules.conv._ConvTransposeNd):
             self.dilation,  # type: ignore[arg-type]
         )
         options = (self.stride, self.padding, extra, self.groups, self.dilation)
-        made: Tensor = _TRANSPOSED[dims](input, weight, self.bias, *options)
+        made: Tensor = _TRANSPOSED[dims](input, _chosen(self, weight), self.bias, *options)
         return made
 
 
@@ -76,7 +85,7 @@ class TrainedLinear(nn.Linear):
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """As the class's own, with another weight where one is given."""
-        return F.linear(input, self.weight if weight is None else weight, self.bias)
+        return F.linear(input, _chosen(self, weight), self.bias)
 
 
 class TrainedEmbedding(nn.Embedding):
@@ -86,7 +95,7 @@ class TrainedEmbedding(nn.Embedding):
         """As the class's own, with another table where one is given."""
         return F.embedding(
             input,
-            self.weight if weight is None else weight,
+            _chosen(self, weight),
             self.padding_idx,
             self.max_norm,
             self.norm_type,
@@ -123,8 +132,8 @@ _register()
 
 
 def is_trained_layer(module: nn.Module) -> bool:
-    """Whether it is one of the classes of this file."""
-    return type(module) in _TRAINED.values()
+    """Whether its class is one that takes weights with the call."""
+    return type(module) in _TRAINED.values() or hasattr(type(module), "takes_given_weights")
 
 
 def take_given_weights(module: nn.Module) -> bool:
@@ -141,3 +150,15 @@ def take_given_weights(module: nn.Module) -> bool:
             module.__class__ = trained
             return True
     return False
+
+
+def rounding_copy(layer: nn.Module, rounding: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a layer that computes with its weight rounded, wherever it is called.
+
+    Args:
+        layer: one that takes its weight with the call; the copy shares its parameters.
+        rounding: gives what is left of the weight.
+    """
+    twin = share_parameters(layer)
+    twin.__dict__[_ROUNDING] = rounding
+    return twin

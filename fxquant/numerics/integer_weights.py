@@ -63,6 +63,35 @@ def integer_weight(
     return codes.contiguous(), qparams.scale
 
 
+def trained_weight(
+    weight: Tensor,
+    spec: QSpec,
+    axis: int,
+    scales: tuple[float, ...] | None,
+    *,
+    fit_pairs: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the codes and scales of a weight: those it was trained with, where there are some.
+
+    Args:
+        weight: as for :func:`integer_weight`; trained to lie on the grid of ``scales``.
+        spec: as for :func:`integer_weight`.
+        axis: as for :func:`integer_weight`.
+        scales: one or one per channel; ``None``: it was not trained with any.
+        fit_pairs: as for :func:`integer_weight`; a weight that was trained for a machine whose
+            kernels could add it up gets other scales where those of this one cannot.
+    """
+    if scales is not None:
+        scale = torch.tensor(scales, dtype=torch.float32)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        along = axis if spec.granularity == "channel" else None
+        qparams = QParams(scale, zero, spec.quant_min, spec.quant_max, torch.int8, along)
+        codes = quantize_weight(weight, qparams).contiguous()
+        if not (fit_pairs and bool(pair_saturates(codes, axis=axis).any())):
+            return codes, scale
+    return integer_weight(weight, spec, axis, fit_pairs=fit_pairs)
+
+
 def _coarser(weight: Tensor, qparams: QParams, over: Tensor, axis: int) -> QParams:
     """The smallest scale per channel (or of the tensor) whose pairs fit, where they do not."""
     rows = weight.detach().to(torch.float64).movedim(axis, 0).flatten(1)

@@ -32,11 +32,9 @@ from fxquant.graph.op_table import (
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import is_given, tensor_sources
-from fxquant.numerics.affine import quantize_weight
 from fxquant.numerics.finite import all_finite
-from fxquant.numerics.integer import fits_int32, pair_saturates
-from fxquant.numerics.integer_weights import integer_weight
-from fxquant.numerics.qparams import QParams
+from fxquant.numerics.integer import fits_int32
+from fxquant.numerics.integer_weights import trained_weight
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, QSpec
 
@@ -201,24 +199,9 @@ def _cached(
     """The integers of a weight: those it was trained with, where it was trained with some."""
     key = (id(weight), spec, axis)
     if key not in cache:
-        trained, found = info(node).weight_scales, weight.detach()
-        made = None if trained is None else _trained_integers(found, spec, axis, trained)
-        # Trained for one machine and deployed on another, whose kernels could not add them up.
-        if made is None or (fit_pairs and bool(pair_saturates(made[0], axis=axis).any())):
-            made = integer_weight(found, spec, axis, fit_pairs=fit_pairs)
-        cache[key] = made
+        trained = info(node).weight_scales
+        cache[key] = trained_weight(weight.detach(), spec, axis, trained, fit_pairs=fit_pairs)
     return cache[key]
-
-
-def _trained_integers(
-    weight: Tensor, spec: QSpec, axis: int, scales: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """The codes of a weight that was trained to lie on the grid of ``scales``."""
-    scale = torch.tensor(scales, dtype=torch.float32)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    along = axis if spec.granularity == "channel" else None
-    qparams = QParams(scale, zero, spec.quant_min, spec.quant_max, torch.int8, along)
-    return quantize_weight(weight, qparams).contiguous(), scale
 
 
 def _stays_float(editor: Editor, layer: nn.Embedding | nn.EmbeddingBag, asked: bool) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch import nn
 from torch.fx import Node
@@ -16,15 +16,19 @@ from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import wanted
 from fxquant.graph.info import Decision, info
-from fxquant.graph.recurrent_layers import UNASKED, recurrent_layer, recurrent_matrices
+from fxquant.graph.recurrent_layers import (
+    recurrent_layer,
+    recurrent_matrices,
+    why_slower,
+    work_of,
+)
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import flat_nodes
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
-from fxquant.numerics.integer_weights import integer_weight
+from fxquant.numerics.integer_weights import trained_weight
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, ROWS, QSpec
 
-_COST: Final = "recurrent"
 _Cache = dict[tuple[int, QSpec], tuple[nn.Parameter, nn.Parameter]]
 """Integer weights by the float weight they come from, and its spec."""
 
@@ -52,7 +56,9 @@ class ConvertRecurrent(Pass):
             layer = recurrent_layer(node) if wanted(node, "dynamic") else None
             if layer is None:
                 continue
-            slower = self._slower(node, layer)
+            work = work_of(layer)
+            real, codes = (cost.of(0, work) for cost in self.costs.recurrent())
+            slower = why_slower(node, layer, real, codes)
             if slower is not None:
                 with editor.rule("leave-float"):
                     editor.annotate(node, decision=Decision(False, slower, self.name))
@@ -63,37 +69,20 @@ class ConvertRecurrent(Pass):
                 wants = [n for n in given if info(n).value not in ("scalar", "sizes")]
                 editor.annotate(node, reads=(None,) * len(wants))
 
-    def _slower(self, node: Node, layer: nn.RNNBase) -> str | None:
-        """Why a layer that nobody asked for in particular stays float."""
-        decision = info(node).decision
-        if decision is None or decision.by != UNASKED:
-            return None
-        cells = layer.num_layers * (2 if layer.bidirectional else 1)
-        weights = sum(w.numel() for _, w in recurrent_matrices(layer) if w is not None)
-        real, codes = (
-            cost.of(0, weights // cells)
-            for cost in (self.costs.real(_COST), self.costs.codes(_COST))
-        )
-        if codes <= real:
-            return None
-        return (
-            f"its float kernel is faster: about {real:.0f} us a step at batch 1, against "
-            f"{codes:.0f} us in int8; mode='dynamic' or "
-            f"overrides={{nn.{type(layer).__name__}: 'dynamic'}} make it int8 for its size"
-        )
-
     def _integer(self, node: Node, layer: nn.RNNBase, cache: _Cache) -> IntegerRecurrent:
         config = info(node).config
         spec = config.weight if config is not None and config.weight is not None else DEFAULT_WEIGHT
         reads = config.activation if config is not None and config.activation is not None else ROWS
-        made = {}
+        made, trained = {}, dict(info(node).matrix_scales)
         for name, weight in recurrent_matrices(layer):
             if weight is None:
                 raise TypeError(f"{node.target}.{name} is no parameter")
             key = (id(weight), spec)
             if key not in cache:
                 fit = self.saturates_pairs
-                codes, scale = integer_weight(weight.detach(), spec, 0, fit_pairs=fit)
+                codes, scale = trained_weight(
+                    weight.detach(), spec, 0, trained.get(name), fit_pairs=fit
+                )
                 cache[key] = (
                     nn.Parameter(codes, requires_grad=False),
                     nn.Parameter(scale, requires_grad=False),

@@ -17,18 +17,26 @@ from typing import Any, ClassVar, Final
 from torch import nn
 from torch.fx import Node
 
+from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import rescaled_by, root_of, sites, wanted, wanted_int8
-from fxquant.graph.info import info
+from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import is_op, module_of, op_of
 from fxquant.graph.ops import Kind
+from fxquant.graph.recurrent_layers import (
+    recurrent_layer,
+    recurrent_matrices,
+    why_slower,
+    work_of,
+)
 from fxquant.graph.trained_layers import take_given_weights
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import tensor_sources
-from fxquant.numerics.fake_quantizer import FakeQuantize
+from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
+from fxquant.numerics.trained_recurrent import take_given_matrices
 from fxquant.passes.base import Pass
-from fxquant.spec import QSpec
+from fxquant.spec import DEFAULT_WEIGHT, ROWS, QSpec
 
 HOME: Final = "fake_quant"
 """Where all that fxquant adds to the user's modules stands."""
@@ -50,18 +58,27 @@ class InsertFakeQuants(Pass):
     gives: ClassVar[Stage] = Stage.OBSERVED
     saturates_pairs: bool = False
     droppers: Mapping[str, tuple[str, nn.Module]] = field(default_factory=dict)
+    costs: Costs = field(default_factory=lambda: MEASURED)
 
     def run(self, editor: Editor) -> None:
         """Inputs and results of int8 ops, then weights, then what drops at random."""
+        calls = editor.graph.find_nodes(op="call_module")
+        if any(isinstance(module_of(node), FakeQuantizer) for node in calls):
+            return  # a second one would round what is rounded
         with editor.rule("forget-proposals"):
             for node in editor.graph.nodes:
                 editor.annotate(node, qtype=None)
         found = sites(editor.graph)
-        for value, spec in found.items():
-            if not _has_codes_of_source(value, found):
-                _value(editor, value, spec)
+        # Before any is inserted: a fake-quant in between would hide what a value is made of.
+        own = {v: spec for v, spec in found.items() if not _has_codes_of_source(v)}
+        for value, spec in own.items():
+            _value(editor, value, spec)
         for node in list(editor.graph.nodes):
             self._weight(editor, node)
+        layers = {node: recurrent_layer(node) for node in editor.graph.nodes}
+        for node, layer in layers.items():
+            if layer is not None and wanted(node, "dynamic"):
+                self._matrices(editor, node, layer)
         for node in list(editor.graph.nodes):
             if node.name in self.droppers and is_op(
                 node, "dropout", "scaled_dot_product_attention"
@@ -92,6 +109,40 @@ class InsertFakeQuants(Pass):
             for each in (read, made):
                 editor.note_values(each, unit=None, decision=None, value="tensor", shape=None)
             editor.set_call(node, node.target, node.args, {"weight": made})
+
+    def _matrices(self, editor: Editor, node: Node, layer: nn.RNNBase) -> None:
+        """All weights of a recurrent layer, which reads rows that are quantized at run time."""
+        real, codes = (cost.of(0, work_of(layer)) for cost in self.costs.recurrent())
+        slower = why_slower(node, layer, real, codes)
+        if slower is not None:
+            with editor.rule("leave-float"):
+                editor.annotate(node, decision=Decision(False, slower, self.name))
+            return
+        record = info(node)
+        config, decision = record.config, record.decision
+        if config is None or decision is None:
+            return
+        spec = config.weight or DEFAULT_WEIGHT
+        if self.saturates_pairs and spec.bits == 8:
+            spec = dataclasses.replace(spec, bits=7)
+        # One range for several rows would make a sequence depend on its batch mates.
+        reads = dataclasses.replace(config.activation or ROWS, granularity="row")
+        take_given_matrices(layer, reads)
+        path, given = str(node.target), dict(node.kwargs)
+        with editor.rule("fake-quantize-weight"):
+            for name, weight in recurrent_matrices(layer):
+                if weight is None:
+                    raise TypeError(f"{path}.{name} is no parameter")
+                fake = FakeQuantizeWeight(spec, path, tuple(weight.shape), 0)
+                where = editor.add_module(f"{HOME}.{node.name}_{name}", fake)
+                read = editor.get_attr(f"{path}.{name}", like=node, before=node)
+                made = editor.call_module(where, (read,), like=node, before=node)
+                for each in (read, made):
+                    editor.note_values(each, unit=None, decision=None, value="tensor", shape=None)
+                given[name] = made
+            editor.set_call(node, path, node.args, given)
+            # It is trained for int8 now, whatever that costs on another machine.
+            editor.annotate(node, decision=dataclasses.replace(decision, by=self.name))
 
 
 def _layer(node: Node) -> nn.Module | None:
@@ -143,7 +194,7 @@ def _norm_of(node: Node) -> Node | None:
     return found[0] if label is not None and found else None
 
 
-def _has_codes_of_source(value: Node, made: Mapping[Node, QSpec]) -> bool:
+def _has_codes_of_source(value: Node) -> bool:
     """``x * 0.5`` has the codes of ``x``: its own rounding would be a second one."""
     sources = tensor_sources(value)
     return (

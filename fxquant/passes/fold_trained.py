@@ -21,9 +21,11 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import is_op, module_of, module_op, op_named
 from fxquant.graph.sharing import unshare
+from fxquant.graph.trained_layers import is_trained_layer
 from fxquant.graph.verify import Stage
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
 from fxquant.numerics.qparams import SMALLEST_SCALE
+from fxquant.numerics.trained_recurrent import with_matrices
 from fxquant.passes.base import Pass
 from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.norm import RULES, affine_of, folded
@@ -50,6 +52,9 @@ class FoldTrained(Pass):
                 fake = module_of(given)
                 if isinstance(fake, FakeQuantizeWeight):
                     _settle(editor, node, given, fake)
+            layer = module_of(node) if node.op == "call_module" else None
+            if isinstance(layer, nn.RNNBase) and is_trained_layer(layer):
+                _settle_matrices(editor, node, layer)
         RuleSet(_FLOAT_RULES).apply(editor)
         with editor.rule("drop-dead"):
             editor.clean()
@@ -100,6 +105,32 @@ def _settle(editor: Editor, node: Node, given: Node, fake: FakeQuantizeWeight) -
         if norm is not None:
             editor.replace(norm, node)
         _erase_sources(editor, given)
+
+
+def _settle_matrices(editor: Editor, node: Node, layer: nn.RNNBase) -> None:
+    """A recurrent layer: torch's own again, with the weights it was trained with."""
+    found: dict[str, tuple[Node, FakeQuantizeWeight]] = {}
+    for name, given in node.kwargs.items():
+        fake = module_of(given) if isinstance(given, Node) and given.op == "call_module" else None
+        if isinstance(given, Node) and isinstance(fake, FakeQuantizeWeight):
+            found[name] = (given, fake)
+    weights, scales = {}, []
+    for name, (_, fake) in found.items():
+        codes, scale = fake.codes(layer.get_parameter(name).detach())
+        weights[name] = codes * (scale if fake.axis is None else scale.view(-1, 1))
+        scales.append((name, tuple(scale.tolist())))
+    twin = share_parameters(layer)
+    with_matrices(layer, twin, weights)  # type: ignore[arg-type]  # a copy has its class
+    config = info(node).config
+    with editor.rule("fold-trained"):
+        editor.set_module(str(node.target), twin)
+        rest = {name: value for name, value in node.kwargs.items() if name not in found}
+        editor.set_call(node, node.target, node.args, rest)
+        for given, fake in found.values():
+            if config is not None:
+                config = dataclasses.replace(config, weight=fake.spec)
+            _erase_sources(editor, given)
+        editor.annotate(node, matrix_scales=tuple(scales), config=config)
 
 
 def _per_channel(scale: Tensor, signed: Tensor) -> Tensor:

@@ -73,6 +73,24 @@ def test_the_int8_model_is_the_fake_quantized_one(name: str, backend: str) -> No
     assert len(layers) >= 2 and all(op.int8 for op in layers)
 
 
+def test_a_product_with_a_number_is_deployed_on_the_codes_of_what_it_scales() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.b(F.relu(self.a(x)) * 0.3)
+            return made
+
+    made: Any = fxquant.prepare(Halved(), mode="qat", example_inputs=(pictures(),))
+    assert [n for n, _ in made.fake_quant.named_children() if n == "mul"] == []
+    trained(made, pictures)
+    for backend in ("reference", "x86"):
+        quantized = fxquant.convert(made, backend=backend)
+        assert fxquant.verify(made, quantized, [pictures(50)]).ok
+
+
 def test_modules_stay_modules_and_modes_are_as_found() -> None:
     model = built("dense")
     model.get_submodule("bn").eval()
