@@ -32,7 +32,12 @@ from fxquant.graph.pieces import (
     users_path,
 )
 from fxquant.graph.recurrent_layers import as_called
-from fxquant.graph.user_class import UserModule, with_user_class, with_user_class_of
+from fxquant.graph.user_class import (
+    UserModule,
+    with_descriptions,
+    with_user_class,
+    with_user_class_of,
+)
 from fxquant.numerics.observers import Observer, summaries
 from fxquant.passes.base import Pass
 from fxquant.passes.configure import Selector, nothing_matches, predicate
@@ -175,6 +180,8 @@ def _build_parts(
             made.append(Part(at, IN_FLOAT, str(error).splitlines()[0]))
             continue
         if _has_work(part):
+            if call.reads:
+                part = with_descriptions(part, child, call.reads)
             _put(module, child, part)
             record = record_of(part)
             made.append(Part(at, record.rung, record.parts[0].why, place))

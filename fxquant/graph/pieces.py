@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.info import KEY, NodeInfo, info, write_info
+from fxquant.graph.reads import watching
 from fxquant.graph.signature import Binding, is_literal
 from fxquant.graph.state import Argument, GraphState, Group, NodeState, Ref
 
@@ -116,11 +118,13 @@ class Calls:
         args: positional arguments of the first call.
         kwargs: keyword arguments of the first call.
         why: why the part cannot be captured from that; empty if it can.
+        reads: names of its tensors whose types or sizes the code around it asks for.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
     why: str = "the example never reaches it"
+    reads: frozenset[str] = frozenset()
 
 
 def record_calls(
@@ -157,11 +161,18 @@ def record_calls(
         for path in found
     ]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), ExitStack() as watch:
+            reads = {
+                path: watch.enter_context(watching(module.get_submodule(path))) for path in found
+            }
             nn.Module.__call__(module, *args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    for path, calls in found.items():
+        calls.reads = frozenset(reads[path].described)
+        if reads[path].computed and not calls.why:
+            calls.why = f"the code around it computes with its {min(reads[path].computed)}"
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fxquant.errors import LoadError
 from fxquant.graph.containers import can_be_imported, class_name, class_named
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import KEY, NodeInfo, info
+from fxquant.graph.reads import description
 
 _CLASS: Final = "_fxquant_user_class"
 _Known: TypeAlias = tuple[str, str, int, NodeInfo]
@@ -162,6 +163,21 @@ def with_user_class_of(module: GraphModule, other: GraphModule) -> UserModule:
     made.__dict__.update(kept)
     for name, value in module.__dict__.items():
         made.__dict__.setdefault(name, value)
+    return made
+
+
+def with_descriptions(module: GraphModule, model: nn.Module, names: Iterable[str]) -> GraphModule:
+    """``module``, which answers what code around it asks of tensors that ``model`` has.
+
+    Args:
+        module: stands where ``model`` stood.
+        model: has the tensors.
+        names: their names; types, devices and sizes are kept, numbers are not.
+    """
+    made = module if isinstance(module, UserModule) else with_user_class(module, model)
+    described = {name: description(getattr(model, name)) for name in names}
+    made.meta[_KEPT] = {**made.meta.get(_KEPT, {}), **described}
+    made.__dict__.update(described)
     return made
 
 

@@ -70,8 +70,7 @@ class Canonicalize(Pass):
             elif node.op in ("call_function", "call_method"):
                 self._call(editor, node)
             elif node.op in ("placeholder", "get_attr"):
-                kind: ValueKind = "scalar" if node.args else "tensor"
-                editor.note_values(node, value=kind)
+                editor.note_values(node, value=_kind_of_input(node))
         with editor.rule("drop-dead"):
             editor.clean()
 
@@ -132,6 +131,14 @@ class Canonicalize(Pass):
             editor.note_values(node, opaque=why, value="unknown")
             return
         _respell(editor, node, call)
+
+
+def _kind_of_input(node: Node) -> ValueKind:
+    """What was given for it; a default alone tells nothing, as one may have to follow others."""
+    held = info(node).held
+    if held != "unknown":
+        return held
+    return "scalar" if node.args else "tensor"
 
 
 def _divide(editor: Editor, node: Node, call: Call) -> Call:

@@ -25,19 +25,20 @@ _LONG = 1.0
 """Seconds that one look may take; where the first run of both takes longer, it has to do."""
 
 
-def example_of(module: GraphModule) -> tuple[Tensor, ...] | None:
+def example_of(module: GraphModule) -> tuple[Any, ...] | None:
     """Random inputs of batch 1, of the shapes calibration saw; ``None`` where unknown."""
-    made: list[Tensor] = []
+    made: list[Any] = []
     generator = torch.Generator().manual_seed(0)
-    for node in module.graph.nodes:
-        if node.op != "placeholder" or node.args:
-            continue
+    for node in module.graph.find_nodes(op="placeholder"):
         record = info(node)
+        if node.args and record.value != "tensor":
+            made.append(node.args[0])
+            continue
         if not record.shape or record.qtype is None:
             return None
         sample = torch.rand((1, *record.shape[1:]), generator=generator)
         made.append(record.qtype.low + sample * (record.qtype.high - record.qtype.low))
-    return tuple(made) or None
+    return tuple(made) if any(isinstance(value, Tensor) for value in made) else None
 
 
 def in_order(

@@ -246,3 +246,37 @@ def test_a_dataclass_is_fed_whole_where_forward_takes_it_whole() -> None:
     torch.testing.assert_close(found.x, wanted.x, rtol=0, atol=0.05)  # 8 bits over about +-4
     with pytest.raises(GuardError, match=r"'more' is a tensor \[3, 4\], .* captured with None"):
         quantized(Words(torch.ones(3, 4)), torch.ones(3, 4))
+
+
+class AsksItsHead(nn.Module):
+    """Asks a layer for its type, as many models do, and computes with the weight of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
+        self.head = nn.Linear(32, 16)
+        self.table = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(self.head(self.body(x).to(self.head.weight.dtype)))
+        if x.sum() > 1e9:
+            return x
+        return x @ self.table.weight
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_layers_that_code_around_them_asks(mode: Any) -> None:
+    torch.manual_seed(0)
+    model, x = AsksItsHead().eval(), torch.randn(4, 16)
+    quantized = fxquant.quantize(
+        model, [x] if mode == "static" else None, mode=mode, example_inputs=(x,)
+    )
+    ops = {op.path: op for op in fxquant.report(quantized).ops}
+    assert ops["head"].int8
+    assert ops["body.0"].int8
+    assert "table left in float: the code around it computes with its weight" in str(
+        fxquant.report(quantized)
+    )
+    for made in (quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        close(model, made, x)
+        assert made.get_submodule("whole.model.head").weight.dtype is torch.float32

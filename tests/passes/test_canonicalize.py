@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.errors import GuardError
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
@@ -387,3 +388,32 @@ def test_running_twice_gives_the_same_text() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = One(lambda m, x: torch.cat(m.conv(x).chunk(2, 1), 1).relu_(), conv=nn.Conv2d(3, 4, 3))
     assert render(canonical(model, x).graph) == render(canonical(model, x).graph)
+
+
+class Optional(nn.Module):
+    """What is given stands behind what is not, so that both need a default in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(
+        self, mask: Tensor | None = None, ids: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        assert ids is not None
+        hidden = self.linear(self.table(ids)) * scale
+        return hidden if mask is None else hidden * mask
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_an_input_after_one_that_is_left_out_is_a_tensor(mode: Any) -> None:
+    ids = torch.randint(0, 9, (2, 5))
+    model, given = Optional().eval(), {"ids": ids}
+    prepared = fxquant.prepare(model, mode=mode, example_inputs=given)
+    kinds = {str(n.target): info(n).value for n in prepared.graph.find_nodes(op="placeholder")}
+    assert kinds == {"mask": "scalar", "ids": "tensor", "scale": "scalar"}
+    data = [given] * 2 if mode == "static" else None
+    made = fxquant.quantize(model, data, mode=mode, example_inputs=given)
+    real = model(ids=ids)
+    assert (made(ids=ids) - real).norm() < 0.05 * real.norm()

@@ -42,6 +42,15 @@ def named(name: str, data: Data) -> Data:
     return lambda batch, seed, size: {name: data(batch, seed, size)}
 
 
+def pairs(name: str) -> Data:
+    """What is read as ``name``, and what is written so far, which is shorter."""
+    read, written = tokens(80), tokens(80)
+    return lambda batch, seed, size: {
+        name: read(batch, seed, size),
+        "decoder_input_ids": written(batch, seed + 1, size - 3),
+    }
+
+
 def mel(batch: int, seed: int, size: int) -> Tensor:
     """What Whisper is fed: 16 mel bands, twice as many frames as positions."""
     return signals(16)(batch, seed, 2 * size)
@@ -121,6 +130,10 @@ CASES = {
         _new(hf.LlamaForCausalLM, hf.LlamaConfig, **_LLAMA), named("input_ids", tokens(80)), 12, 16
     ),
     "hf_t5_encoder": _text(_new(hf.T5EncoderModel, hf.T5Config, **_T5), sentences(), 12, 16),
+    "hf_t5": _text(
+        _new(hf.T5ForConditionalGeneration, hf.T5Config, use_cache=False, **_T5),
+        pairs("input_ids"), 12, 16,
+    ),
     "hf_vit": _text(
         _new(hf.ViTForImageClassification, hf.ViTConfig, **_VISION),
         named("pixel_values", images()), 32,
