@@ -121,6 +121,7 @@ def training_recipe(
     overrides: tuple[tuple[Selector, QConfig | None], ...],
     patterns: tuple[Rule, ...],
     ranks: Mapping[str, int],
+    drop: frozenset[str] = frozenset(),
 ) -> Pipeline:
     """From the graph captured for training to one whose ops are decided on.
 
@@ -132,6 +133,7 @@ def training_recipe(
         overrides: selectors and what applies to them, in order.
         patterns: fusion rules beside the built-in ones.
         ranks: how many dimensions each input has, as far as that is known.
+        drop: names of the nodes that drop something in training only.
     """
     known = tuple(sorted(ranks.items()))
     return Pipeline(
@@ -144,7 +146,7 @@ def training_recipe(
             AdoptProducts(known),
             AdoptNorms(),
             Configure(qconfig, overrides),
-            OpenAttention(),
+            OpenAttention(drop),
             Fuse((*patterns, *TRAINING_RULES), known),
             Annotate(INT8_OPS, REASONS, OTHER_OPS, trained=True),
             AnnotateRecurrent(),

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from fxquant.arguments import ranks
 from fxquant.backends.base import Backend
 from fxquant.building import Wishes, build
-from fxquant.errors import CalibrationError, ConfigError
+from fxquant.calibration.data import USER_FAILURES
+from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
 from fxquant.graph.both_modes import capture_both
 from fxquant.graph.capture import copied
 from fxquant.graph.held_state import state_kept
@@ -145,7 +146,9 @@ def build_trainable(
     record = Record(wishes.mode, rung=both.captured.rung, bytes_before=size_in_bytes(model))
     record.snapshots.append(first_snapshot(module, time.perf_counter() - start))
     known = ranks(model, args, kwargs)
-    training_recipe(wishes.qconfig, wishes.overrides, wishes.patterns, known).run(module, record)
+    drop = frozenset(both.droppers)
+    recipe = training_recipe(wishes.qconfig, wishes.overrides, wishes.patterns, known, drop)
+    recipe.run(module, record)
     if args or kwargs:
         _see_shapes(module, args, kwargs)
     fake_quantize_recipe(backend, both.droppers).run(module, record)
@@ -198,8 +201,10 @@ def check_trained(prepared: nn.Module) -> None:
     Raises:
         CalibrationError: no fake-quant has seen data; a weight or a statistic is not finite.
     """
-    fakes = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
-    if fakes and not any(fake.seen for fake in fakes):
+    _check_steps(prepared)
+    fakes = [m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.floating]
+    unseen = [fake.path for fake in fakes if not fake.seen]
+    if fakes and len(unseen) == len(fakes):
         raise CalibrationError(
             "no fake-quant has seen any data: train the prepared model for at least one step in "
             "training mode, or call fxquant.calibrate(prepared, data), before convert"
@@ -210,6 +215,28 @@ def check_trained(prepared: nn.Module) -> None:
                 f"{name} holds NaN or infinity, and so would every result: training diverged. Go "
                 "back to a checkpoint before that, with a lower learning rate, or switch "
                 "fake-quant on later"
+            )
+    if unseen:
+        more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+        warn_user(
+            f"{len(unseen)} of {len(fakes)} values never were watched in training, and what reads "
+            f"them stays float: {', '.join(unseen[:5])}{more}. Leave observers on for at least "
+            "one step, or call fxquant.calibrate(prepared, data)",
+            CalibrationWarning,
+        )
+
+
+def _check_steps(prepared: nn.Module) -> None:
+    """Refuse learned scales that training brought out of their range."""
+    for name, fake in prepared.named_modules():
+        if not isinstance(fake, FakeQuantizer) or not fake.spec.learned:
+            continue
+        least = float(fake.scale.detach().min())
+        if least <= 0.0:  # what is not finite is found with all other tensors
+            raise CalibrationError(
+                f"{name}.scale is {least:.3g}, and a scale is positive: training brought the "
+                f"learned scale of {fake.path} out of its range. Give the parameters under "
+                "'fake_quant.' a lower learning rate and no weight decay"
             )
 
 
@@ -243,6 +270,11 @@ def _see_shapes(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
     with torch.no_grad(), state_kept(module), torch.random.fork_rng(devices=[]):
         try:
             _Shapes(module.eval(), garbage_collect_values=True).run(*inputs)
+        except USER_FAILURES as error:
+            why = str(error).partition("While executing")[0].strip()
+            raise ConfigError(
+                f"the model fails on example_inputs: {type(error).__name__}: {why}"
+            ) from error
         finally:
             for each, training in modes:
                 each.training = training

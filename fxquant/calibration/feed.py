@@ -112,14 +112,16 @@ def calibrate(
 
     with _calibrating(model, observers):
         batches, samples = watched_together(model, run)
-    if observers and not any(observer.seen for observer in observers):
+    fakes = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    watchers: list[Observer | FakeQuantize] = [*observers, *fakes]
+    if watchers and not any(watcher.seen for watcher in watchers):
         raise CalibrationError(
             f"{batches} batch{'es' * (batches != 1)} ran and no value reached any of the "
-            f"{len(observers)} observers: are the batches empty (a dimension of size 0)?"
+            f"{len(watchers)} observers: are the batches empty (a dimension of size 0)?"
         )
     # A site that turned out to carry integers was reached; it is no candidate for int8.
-    unseen = tuple(o.path for o in observers if o.floating and not o.seen)
-    _warn_unseen(unseen, len(observers))
+    unseen = tuple(each.path for each in watchers if each.floating and not each.seen)
+    _warn_unseen(unseen, len(watchers))
     return CalibrationResult(batches, samples, time.perf_counter() - started, unseen)
 
 

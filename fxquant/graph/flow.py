@@ -16,6 +16,10 @@ from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
 from fxquant.spec import FloatDtype, QSpec, Scheme
 
+ROW_DIMS: Final = {"linear": 1, "conv1d": 2, "conv2d": 3, "conv3d": 4}
+"""What a dynamic op sums over: a token, or channels and pixels of one sample; trailing dimensions
+that share a scale at run time."""
+
 
 def moves_codes(node: Node) -> bool:
     """Whether an int8 op hands codes on untouched: a view, a selection, a max pool, a split."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.numerics.fake_quant import fake_quantize_trained
+from fxquant.numerics.observer import NonFiniteError
 from fxquant.numerics.qparams import SMALLEST_SCALE, QParams, steps_from_range
 from fxquant.numerics.ranks import is_distributed, largest_everywhere
 from fxquant.numerics.shards import Part, Watcher, steps_together
@@ -118,8 +119,8 @@ class FakeQuantize(FakeQuantizer, Watcher):
 
     The range is a moving average of minimum and maximum (of a spec with ``observer="minmax"``: the
     widest so far). It moves only in training mode: evaluation changes nothing. Batches with NaN
-    or infinity, which loss scaling skips, leave it as it is. Under ``torch.distributed`` all ranks
-    use the range of the whole batch.
+    or infinity, which loss scaling skips, leave it as it is; in calibration they are an error.
+    Under ``torch.distributed`` all ranks use the range of the whole batch.
 
     Args:
         spec: what the tensor is to become.
@@ -209,6 +210,9 @@ class FakeQuantize(FakeQuantizer, Watcher):
             else:
                 low, high = torch.aminmax(x)
             ends = torch.stack((-low, high)).to(torch.float32)
+            if self.calibrating and x.numel() and not bool(torch.isfinite(ends).all()):
+                nan, inf = int(x.isnan().sum()), int(x.to(torch.float32).isinf().sum())
+                raise NonFiniteError(self.path, nan, inf)
             if not alone:
                 # What a maximum makes of NaN differs from one library to the next.
                 ends = torch.where(ends.isnan(), math.inf, ends)

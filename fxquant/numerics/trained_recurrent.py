@@ -14,38 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fxquant.numerics.dynamic import qdq_rows
+from fxquant.numerics.fake_rows import trained_rows
 from fxquant.numerics.recurrence import Cell, Recurrence, cells_of
 from fxquant.numerics.recurrent import State, Weights, run_layer
 from fxquant.spec import QSpec
 
 _COPIED: Final = ("mode", "input_size", "hidden_size", "num_layers", "batch_first", "dropout",
                   "bidirectional", "proj_size", "training")  # fmt: skip
-
-
-class _Rows(torch.autograd.Function):
-    """Rows in their own range: no value is clipped, and every gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: QSpec) -> Tensor:
-        del ctx
-        return qdq_rows(x, spec)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grads[0], None
-
-
-def trained_rows(x: Tensor, spec: QSpec) -> Tensor:
-    """As :func:`~fxquant.numerics.dynamic.qdq_rows`, and gradients pass unchanged.
-
-    Args:
-        x: float, of at least one dimension.
-        spec: how its rows are quantized.
-    """
-    made: Tensor = _Rows.apply(x, spec)  # type: ignore[no-untyped-call]  # autograd functions have no types
-    return made
 
 
 class _Run(Recurrence):

@@ -11,20 +11,18 @@ token for a linear, channels and pixels of one sample for a convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import wanted
+from fxquant.graph.flow import ROW_DIMS, wanted
 from fxquant.graph.info import info
 from fxquant.graph.op_table import RUN_TIME, is_op, op_named, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.spec import QSpec
-
-_ROW_DIMS: Final = {"linear": 1, "conv1d": 2, "conv2d": 3, "conv3d": 4}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class ConvertDynamic(Pass):
                 continue
             if is_op(source, RUN_TIME):
                 continue  # it is done already
-            key = (source, config.activation, _ROW_DIMS[op.name])
+            key = (source, config.activation, ROW_DIMS[op.name])
             with editor.rule("quantize-at-run-time"):
                 if key not in made:
                     made[key] = self._quantized(editor, node, *key)

@@ -18,8 +18,9 @@ from torch import nn
 from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
+from fxquant.graph.both_modes import AttentionDropout
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import rescaled_by, root_of, sites, wanted, wanted_int8
+from fxquant.graph.flow import ROW_DIMS, rescaled_by, root_of, sites, wanted, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import is_op, module_of, op_of
 from fxquant.graph.ops import Kind
@@ -33,6 +34,7 @@ from fxquant.graph.trained_layers import take_given_weights
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import tensor_sources
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
+from fxquant.numerics.fake_rows import FakeQuantizeRows
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
 from fxquant.numerics.trained_recurrent import take_given_matrices
 from fxquant.passes.base import Pass
@@ -68,27 +70,30 @@ class InsertFakeQuants(Pass):
         with editor.rule("forget-proposals"):
             for node in editor.graph.nodes:
                 editor.annotate(node, qtype=None)
-        found = sites(editor.graph)
+        observed = sites(editor.graph)
         # Before any is inserted: a fake-quant in between would hide what a value is made of.
-        own = {v: spec for v, spec in found.items() if not _has_codes_of_source(v)}
+        own = {v: spec for v, spec in observed.items() if not _has_codes_of_source(v)}
         for value, spec in own.items():
             _value(editor, value, spec)
+        rows: dict[tuple[Node, QSpec, int], Node] = {}
         for node in list(editor.graph.nodes):
-            self._weight(editor, node)
+            if self._weight(editor, node):
+                _rows(editor, node, rows)
         layers = {node: recurrent_layer(node) for node in editor.graph.nodes}
         for node, layer in layers.items():
             if layer is not None and wanted(node, "dynamic"):
                 self._matrices(editor, node, layer)
         for node in list(editor.graph.nodes):
-            if node.name in self.droppers and is_op(
-                node, "dropout", "scaled_dot_product_attention"
-            ):
-                _dropper(editor, node, *self.droppers[node.name])
+            if is_op(node, "dropout", "scaled_dot_product_attention"):
+                found = next((o for o in info(node).origins if o in self.droppers), None)
+                if found is not None:
+                    _dropper(editor, node, *self.droppers[found])
 
-    def _weight(self, editor: Editor, node: Node) -> None:
+    def _weight(self, editor: Editor, node: Node) -> bool:
+        """Round the weight of a layer; returns whether that was done."""
         spec, layer = _weight_spec(node), _layer(node)
         if spec is None or layer is None or not take_given_weights(layer):
-            return
+            return False
         weight = layer.get_parameter("weight")
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
         groups = int(getattr(layer, "groups", 1))
@@ -109,6 +114,7 @@ class InsertFakeQuants(Pass):
             for each in (read, made):
                 editor.note_values(each, unit=None, decision=None, value="tensor", shape=None)
             editor.set_call(node, node.target, node.args, {"weight": made})
+        return True
 
     def _matrices(self, editor: Editor, node: Node, layer: nn.RNNBase) -> None:
         """All weights of a recurrent layer, which reads rows that are quantized at run time."""
@@ -219,7 +225,26 @@ def _value(editor: Editor, value: Node, spec: QSpec) -> None:
                 editor.replace_use(user, value, fake)
 
 
+def _rows(editor: Editor, node: Node, made: dict[tuple[Node, QSpec, int], Node]) -> None:
+    """What a dynamic op reads; several that read one value in one way share its rounding."""
+    op, config, source = op_of(node), info(node).config, node.args[0]
+    if op is None or op.name not in ROW_DIMS or config is None or config.activation is None:
+        return
+    if not wanted(node, "dynamic") or not isinstance(source, Node):
+        return
+    key = (source, config.activation, ROW_DIMS[op.name])
+    with editor.rule("fake-quantize-rows"):
+        if key not in made:
+            fake = FakeQuantizeRows(config.activation, info(node).path or node.name, key[2])
+            where = editor.add_module(f"{HOME}.{source.name}_rows", fake)
+            made[key] = editor.call_module(where, (source,), like=source, before=node)
+            editor.note_values(made[key], unit=None, decision=None)
+        editor.set_call(node, node.target, (made[key], *node.args[1:]), dict(node.kwargs))
+
+
 def _dropper(editor: Editor, node: Node, path: str, dropper: nn.Module) -> None:
+    if isinstance(dropper, AttentionDropout) and is_op(node, "dropout"):
+        dropper = nn.Dropout(dropper.p)  # of an attention that was opened up
     with editor.rule("drop-in-training"):
         # The user's own module was taken out when its call became that of a function.
         if not path or editor.free_path(path) == path:

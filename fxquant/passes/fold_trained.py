@@ -23,6 +23,7 @@ from fxquant.graph.op_table import is_op, module_of, module_op, op_named
 from fxquant.graph.sharing import unshare
 from fxquant.graph.trained_layers import is_trained_layer
 from fxquant.graph.verify import Stage
+from fxquant.numerics.fake_rows import FakeQuantizeRows
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
 from fxquant.numerics.qparams import SMALLEST_SCALE
 from fxquant.numerics.trained_recurrent import with_matrices
@@ -44,7 +45,7 @@ class FoldTrained(Pass):
         """Layer by layer; then norms that were trained beside layers in float."""
         for node in list(editor.graph.nodes):
             if node.op == "call_module":
-                _stop_dropping(editor, node)
+                _drop(editor, node)
         unshare(editor)
         for node in list(editor.graph.nodes):
             given = node.kwargs.get("weight")
@@ -60,9 +61,13 @@ class FoldTrained(Pass):
             editor.clean()
 
 
-def _stop_dropping(editor: Editor, node: Node) -> None:
-    """In evaluation nothing is dropped."""
+def _drop(editor: Editor, node: Node) -> None:
+    """In evaluation nothing is dropped at random, and rows are rounded where they are read."""
     module = module_of(node)
+    if isinstance(module, FakeQuantizeRows):
+        with editor.rule("read-rows"):
+            editor.replace(node, node.args[0])  # type: ignore[arg-type]  # its one argument
+        return
     op = module_op(module)
     with editor.rule("drop-identity"):
         if op is not None and op.name == "dropout":

@@ -26,11 +26,17 @@ _ATTENTION: Final = "scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class OpenAttention(Pass):
-    """Write attention as products where an override names it."""
+    """Write attention as products where an override names it.
+
+    Args:
+        drop: names of those that drop weights in training only, in a graph that is to be trained:
+            they go on to do so.
+    """
 
     name: ClassVar[str] = "open-attention"
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
+    drop: frozenset[str] = frozenset()
 
     def run(self, editor: Editor) -> None:
         """Look at every attention."""
@@ -40,7 +46,7 @@ class OpenAttention(Pass):
             record = info(node)
             asked = record.configured_by == f"override {_ATTENTION}"
             if asked and record.config is not None and record.config.scheme == "static":
-                why = _cannot(node)
+                why = _cannot(node, self.drop)
                 if why is None:
                     self._open(editor, node)
                 else:
@@ -61,12 +67,15 @@ class OpenAttention(Pass):
             scores = call(
                 "attention_scores", products, query, mask=mask, is_causal=causal, scale=scale
             )
-            editor.replace(node, call("matmul", call("softmax", scores, dim=-1), value))
+            weights = call("softmax", scores, dim=-1)
+            if argument(node, "dropout_p") != 0:
+                weights = call("dropout", weights)
+            editor.replace(node, call("matmul", weights, value))
 
 
-def _cannot(node: Node) -> str | None:
+def _cannot(node: Node, drop: frozenset[str]) -> str | None:
     if argument(node, "enable_gqa") is not False:
         return "its heads share keys and values"
-    if argument(node, "dropout_p") != 0:
+    if argument(node, "dropout_p") != 0 and node.name not in drop:
         return "it drops weights at random"
     return None

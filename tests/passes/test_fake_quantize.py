@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
 from fxquant.numerics.fake_quantizer import FakeQuantizer
+from fxquant.numerics.fake_rows import FakeQuantizeRows
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, fold_factor
 from fxquant.passes.fake_quantize import InsertFakeQuants
 from fxquant.spec import PRESETS, QConfig, QSpec
@@ -61,9 +62,25 @@ def test_it_leaves_what_stays_float(overrides: Overrides, left: list[str]) -> No
     assert weights(inserted(net(), X, overrides=overrides)) == left
 
 
-def test_layers_that_are_dynamic_round_their_weight_only() -> None:
+def test_layers_that_are_dynamic_round_their_weight_and_the_rows_they_read() -> None:
     module = inserted(net(), X, overrides=(("*", PRESETS["dynamic"]),))
     assert weights(module) == ["a_weight", "b_weight"] and values(module) == []
+    rows = {n: m for n, m in module.named_modules() if isinstance(m, FakeQuantizeRows)}
+    assert {name: m.dims for name, m in rows.items()} == {
+        "fake_quant.x_rows": 3, "fake_quant.relu_rows": 3,
+    }  # fmt: skip
+    relu = node_of(module, "relu")
+    assert {user.name for user in relu.users} == {"fake_quant_relu_rows", "add"}
+
+
+def test_what_several_dynamic_layers_read_is_rounded_once() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        made: Tensor = m.a(x) + m.b(x)
+        return made
+
+    model = One(body, a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    module = inserted(model, X, overrides=(("*", PRESETS["dynamic"]),))
+    assert sum(isinstance(m, FakeQuantizeRows) for m in module.modules()) == 1
 
 
 def test_switched_off_nothing_has_changed() -> None:

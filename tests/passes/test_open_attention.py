@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.info import info
 from fxquant.passes.configure import Configure
 from fxquant.passes.open_attention import OpenAttention
 from fxquant.spec import QConfig
-from tests.helpers import FLOAT32, Calls, canonical, close_share, names, run
+from tests.helpers import FLOAT32, Calls, canonical, close_share, names, nodes, run
 
 ASKED = ((F.scaled_dot_product_attention, QConfig()),)
 OPENED = ["transpose", "matmul", "attention_scores", "softmax", "matmul"]
@@ -80,3 +81,16 @@ def test_shared_heads_stay_with_the_reason() -> None:
     editor = Editor(module)
     OpenAttention().run(editor)
     assert editor.log == [] and "share keys" in editor.misses[0][2]
+
+
+def test_what_drops_weights_in_training_goes_on_to_do_so() -> None:
+    model = attend(dropout_p=0.5)
+    x = torch.randn(2, 3, 5, 4)
+    module = run(canonical(model, x, x, x, train=True), Configure(overrides=ASKED))
+    editor = Editor(module)
+    OpenAttention().run(editor)
+    assert editor.log == [] and "drops weights" in editor.misses[0][2]
+    name = "scaled_dot_product_attention"
+    run(module, OpenAttention(frozenset({name})))
+    assert names(module) == [*OPENED[:-1], "dropout", OPENED[-1]]
+    assert info(nodes(module)[-2]).origins == (name,)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
+import fxquant.schedule
+from fxquant.errors import CalibrationError
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, switch, trained
 
@@ -278,6 +280,69 @@ def test_an_override_that_splits_a_unit_leaves_the_norm_beside_it() -> None:
     with torch.no_grad():
         torch.testing.assert_close(quantized(x), made.eval()(x), rtol=0, atol=2e-3)
     assert any(op.path == "bn1" and not op.int8 for op in fxquant.report(quantized).ops)
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "tied"])
+def test_dynamic_layers_read_rows_that_are_rounded_as_at_run_time(name: str) -> None:
+    model, data = built(name), CASES[name][1]
+    kinds = [nn.Linear, nn.Conv2d] if name == "residual" else [nn.Linear]
+    overrides: dict[Any, Any] = dict.fromkeys(kinds, "dynamic")
+    made = fxquant.prepare(model, mode="qat", example_inputs=(data(),), overrides=overrides)
+    trained(made, data)
+    for backend in ("reference", "x86"):
+        quantized = fxquant.convert(made, backend=backend)
+        ops = fxquant.report(quantized).ops
+        layers = [op for op in ops if op.op.startswith(("linear", "conv2d"))]
+        assert len(layers) >= 2 and all(op.int8 for op in layers)
+        with torch.no_grad():
+            x = data(9)
+            found, trained_as = quantized(x), made.eval()(x)
+        # Sums in another order decide a tie now and then: a code of a row more or less.
+        assert float((found - trained_as).abs().max()) <= 0.02 * float(trained_as.abs().max())
+        assert float((found - trained_as).abs().median()) <= 1e-5
+        made.train()
+
+
+def test_a_learned_scale_that_left_its_range_is_named() -> None:
+    config = fxquant.QConfig(fxquant.QSpec(learned=True))
+    made: Any = fxquant.prepare(
+        built("residual"), mode="qat", example_inputs=(pictures(),), qconfig=config
+    )
+    trained(made, pictures, steps=1)
+    with torch.no_grad():
+        made.fake_quant.x.scale.fill_(-0.5)
+    with pytest.raises(CalibrationError, match=r"fake_quant\.x\.scale is -0\.5.*learning rate"):
+        fxquant.convert(made)
+
+
+def test_values_that_nobody_watched_are_told() -> None:
+    _, made = prepared("residual")
+    fxquant.schedule.set_observers(made, False, "conv2")
+    trained(made, pictures)
+    with pytest.warns(fxquant.errors.CalibrationWarning, match="1 of 4 values never were watched"):
+        quantized = fxquant.convert(made, backend="reference")
+    assert not next(op for op in fxquant.report(quantized).ops if op.path == "conv2").int8
+
+
+def test_empty_batches_are_no_training() -> None:
+    made = fxquant.prepare(nn.Sequential(nn.Linear(12, 4), nn.ReLU()).train(), mode="qat")
+    made(torch.empty(0, 12))
+    with pytest.raises(CalibrationError, match="train the prepared model"):
+        fxquant.convert(made)
+    with pytest.raises(CalibrationError, match="are the batches empty"):
+        fxquant.calibrate(made, [torch.empty(0, 12)])
+
+
+def test_calibration_data_that_is_not_finite_is_refused() -> None:
+    _, made = prepared("residual")
+    with pytest.raises(CalibrationError, match=r"768 NaN .* at 'x' in batch 1"):
+        fxquant.calibrate(made, [pictures(), torch.full((4, 3, 8, 8), float("nan"))])
+
+
+def test_an_example_that_the_model_fails_on_is_told() -> None:
+    example = torch.full((2, 3), 50)
+    with pytest.raises(fxquant.errors.ConfigError, match="fails on example_inputs: IndexError"):
+        fxquant.prepare(built("tied"), mode="qat", example_inputs=(example,))
 
 
 def test_wrong_arguments_are_refused_before_any_work() -> None:
