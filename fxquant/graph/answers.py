@@ -74,6 +74,7 @@ class Answers:
         self._inputs: dict[fx.Node, tuple[str, Tensor]] = {}
         self._asked: list[_Asked] = []
         self._dropped: dict[fx.Node, int] = {}
+        self._ranks: dict[fx.Node, int] = {}
 
     def is_input(self, proxy: Proxy, name: str) -> None:
         """Note that ``proxy`` is a tensor the user passes."""
@@ -227,6 +228,22 @@ class Answers:
             shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple) else shape
             return all(not isinstance(s, fx.Node) or _value(s) == "scalar" for s in shape)
         return False
+
+    def rank_of(self, node: fx.Node) -> int | None:
+        """How many dimensions a value has; ``None`` where that may differ from call to call."""
+        todo, seen = [node], {node}
+        while todo:
+            each = todo.pop()
+            if each in self._inputs:
+                if "rank" not in self._facts.get(each, {}):
+                    return None
+            elif each in self._dropped:
+                return None
+            elif not self._settled(each, "rank"):
+                new = {n for n in each.all_input_nodes if _value(n) != "scalar"} - seen
+                seen |= new
+                todo += new
+        return self._ranks.get(node)
 
     def settle_facts(self) -> None:
         """One check per input for all that was asked of it."""

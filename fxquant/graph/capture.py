@@ -28,6 +28,7 @@ from fxquant.graph.proxies import ValueDependentError
 from fxquant.graph.read_only import ReadOnly, WriteError, borrowed, give_back
 from fxquant.graph.settle import settle
 from fxquant.graph.signature import Binding, bind_example
+from fxquant.graph.spare_guards import Traced, asks_batch, merged, other_batches
 from fxquant.graph.tracer import Retracer, Tracer, user_line
 
 _LOCK: Final = threading.RLock()
@@ -147,14 +148,10 @@ class _Climb:
             WriteError: it would write to them.
         """
         while True:
-            tracer = Tracer(self._binding, capture.__code__, frozenset(self._leaves))
             lent = {} if self._leaves or not twins else twins
+            tracer = self._tracer(self._binding)
             try:
-                with ReadOnly(lent) if lent else contextlib.nullcontext() as guard:
-                    root = self._copy(lent)
-                    module = trace(root, self._binding, tracer, type(self._model).__name__)
-                if guard is not None and guard.raised:
-                    raise WriteError
+                traced = self._traced(self._binding, tracer, lent)
             except WriteError:
                 raise
             # Anything may go wrong inside a user's forward that is fed proxies; all of it means
@@ -164,8 +161,36 @@ class _Climb:
                 if done is not None:
                     return done
                 continue
-            give_back(module, lent)
-            return self._captured(module, PIECES if self._leaves else SYMBOLIC)
+            traced = self._spared(traced, lent)
+            self._root = traced.root
+            give_back(traced.module, lent)
+            return self._captured(traced.module, PIECES if self._leaves else SYMBOLIC)
+
+    def _tracer(self, binding: Binding) -> Tracer:
+        return Tracer(binding, capture.__code__, frozenset(self._leaves))
+
+    def _traced(self, binding: Binding, tracer: Tracer, lent: dict[int, nn.Parameter]) -> Traced:
+        with ReadOnly(lent) if lent else contextlib.nullcontext() as guard:
+            root = self._copy(lent)
+            module = trace(root, binding, tracer, type(self._model).__name__)
+        if guard is not None and guard.raised:
+            raise WriteError
+        return Traced(module, root, tracer.rank_of)
+
+    def _spared(self, first: Traced, lent: dict[int, nn.Parameter]) -> Traced:
+        """The trace without a guard of the batch size that was shown to change nothing."""
+        if not self._binding.given or not asks_batch(first.module.graph):
+            return first
+        for args, kwargs in other_batches(*self._example):
+            try:
+                binding = bind_example(self._model, args, kwargs)
+                found = merged(first, self._traced(binding, self._tracer(binding), lent))
+            # As above; what the model does with fewer samples is its own affair.
+            except Exception:  # noqa: BLE001 - user code under proxies
+                continue
+            if found is not None:
+                return found
+        return first
 
     def _captured(self, module: fx.GraphModule, rung: str) -> Captured:
         leaves = tuple(self._leaves.items())

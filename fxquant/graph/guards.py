@@ -43,6 +43,29 @@ def check_answer(found: Any, expected: Any, where: str) -> None:
     )
 
 
+def check_cases(found: tuple[Any, ...], cases: tuple[tuple[Any, ...], ...], where: str) -> None:
+    """Refuse a call in which several questions have answers that go together in no known case.
+
+    Args:
+        found: the answers in this call.
+        cases: for each case in which the graph is right, the answers to all of them.
+        where: the user's line that asked the first.
+
+    Raises:
+        GuardError: it is none of the cases.
+    """
+    if has_torch_function(found):
+        handle_torch_function(check_cases, found, found, cases, where)
+        return
+    if tuple(found) not in cases:
+        raise GuardError(
+            f"{where}\n  this line and others were answered {' or '.join(map(str, cases))} when "
+            f"the model was captured, and in this call {tuple(found)}: the graph holds "
+            "only the ways taken then. Feed inputs like the example, or quantize again with "
+            "example_inputs like these"
+        )
+
+
 def _said(value: Any) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else repr(value)
 
@@ -186,6 +209,7 @@ def check_structure(value: Any, spec: tuple[Any, ...], name: str) -> None:
 GUARDS: Final[frozenset[Callable[..., Any]]] = frozenset(
     {
         check_answer,
+        check_cases,
         check_input,
         check_bound,
         check_given,

@@ -164,8 +164,10 @@ class Tracer(Answers, fx.Tracer):
         proxy._held = Held(value, constant, data)
         record: NodeInfo = proxy.node.meta[KEY]
         proxy.node.meta[KEY] = record.seen_as(_kind(value), integral=_is_integral(value))
-        if isinstance(value, Tensor) and may_drop_dims(proxy.node):
-            self._dropped[proxy.node] = value.dim()
+        if isinstance(value, Tensor):
+            self._ranks[proxy.node] = value.dim()
+            if may_drop_dims(proxy.node):
+                self._dropped[proxy.node] = value.dim()
         if kind_of(value) in ("dict", "data"):
             return self.opened(proxy, value)
         return proxy

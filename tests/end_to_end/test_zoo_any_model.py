@@ -17,7 +17,6 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.backends.x86 import X86
-from fxquant.errors import GuardError
 from tests.zoo.any import CASES
 from tests.zoo.any.case import Case, feed, tensors_in
 
@@ -64,10 +63,6 @@ def check_is_near(model: nn.Module, quantized: nn.Module, case: Case) -> None:
     assert got >= floor, f"{got:.1f} dB"
     for batch in (1, 3):
         x = case.data(batch, 98, case.size)
-        if batch in case.refuses:
-            with pytest.raises(GuardError, match=r"\.py:\d+: "):
-                feed(quantized, x)
-            continue
         got = noise(feed(model, x), feed(quantized, x), wanted)
         assert got >= floor - ELSEWHERE, f"batch of {batch}: {got:.1f} dB"
     if case.empty:
@@ -139,7 +134,6 @@ def test_there_are_models_enough_and_all_are_honest() -> None:
     assert len(NAMES) >= 40
     # Whatever may keep more than 5 % of its work in float says why.
     assert [name for name, case in CASES.items() if case.macs < 0.95 and not case.why] == []
-    assert sum(bool(case.refuses) for case in CASES.values()) <= 2
 
 
 def test_the_same_seed_builds_the_same_model() -> None:

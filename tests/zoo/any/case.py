@@ -26,8 +26,6 @@ class Case:
         other: another size it takes in float; ``None`` if it takes one only.
         plain: a plain CNN, which must come nearer to float than others.
         empty: whether torch itself runs it on an empty batch.
-        refuses: batch sizes at which its own code takes another way than at 16, which a guard
-            must say; no other size is refused.
         bias: mean of the biases of its batch norms.
         macs: the least share of multiply-accumulates in int8.
         why: the reason, where that is less than 0.95.
@@ -39,7 +37,6 @@ class Case:
     other: int | None = None
     plain: bool = False
     empty: bool = True
-    refuses: tuple[int, ...] = ()
     bias: float = 0.0
     macs: float = 0.95
     why: str = ""

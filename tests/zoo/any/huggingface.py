@@ -94,7 +94,6 @@ _LONG = (
     "the report has the figures; where sequences are as long as layers are wide, it is much"
 )
 _text = partial(Case, empty=False)
-_causal = partial(_text, refuses=(1,))  # "if batch_size != position_ids.shape[0]", which is 1
 CASES = {
     "hf_bert": _text(
         _new(hf.BertModel, hf.BertConfig, **_TEXT), sentences(token_type_ids=0), 12, 16
@@ -122,11 +121,11 @@ CASES = {
         _new(hf.ElectraForTokenClassification, hf.ElectraConfig, embedding_size=16, **_TEXT),
         sentences(), 12, 16,
     ),
-    "hf_gpt2": _causal(
+    "hf_gpt2": _text(
         _new(hf.GPT2LMHeadModel, hf.GPT2Config, use_cache=False, initializer_range=0.2, **_GPT2),
         named("input_ids", tokens(80)), 12, 16,
     ),
-    "hf_llama": _causal(
+    "hf_llama": _text(
         _new(hf.LlamaForCausalLM, hf.LlamaConfig, **_LLAMA), named("input_ids", tokens(80)), 12, 16
     ),
     "hf_t5_encoder": _text(_new(hf.T5EncoderModel, hf.T5Config, **_T5), sentences(), 12, 16),
