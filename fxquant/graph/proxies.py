@@ -71,7 +71,51 @@ class Answering(Protocol):
 SCALARS: Final = (bool, int, float)
 
 
-class Proxy(fx.Proxy):
+def _in_place(how: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for ``x += y``, which torch.fx would take for ``x = x + y``."""
+
+    def write(self: fx.Proxy, other: Any) -> Any:
+        held = self.__dict__.get("_held")
+        known = held is not None and held.value is not MISSING
+        number = isinstance(held.value, SCALARS) if known else _is_size(self.node)
+        # Numbers cannot change: generated code would let the old name be the new number.
+        target = plain if number else how
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return write
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node without a value is a size, or computed from sizes alone."""
+    if node.target in ("size", "numel", "dim") or (
+        node.target is getattr and node.args[1] in ("shape", "ndim")
+    ):
+        return True
+    arithmetic = getattr(node.target, "__module__", "") in ("_operator", "math")
+    return arithmetic and all(map(_is_size, node.all_input_nodes))
+
+
+class WritingProxy(fx.Proxy):
+    """A proxy that records what is written in place: torch.fx refuses or forgets it."""
+
+    __iadd__ = _in_place(operator.iadd, operator.add)
+    __isub__ = _in_place(operator.isub, operator.sub)
+    __imul__ = _in_place(operator.imul, operator.mul)
+    __itruediv__ = _in_place(operator.itruediv, operator.truediv)
+    __ifloordiv__ = _in_place(operator.ifloordiv, operator.floordiv)
+    __imod__ = _in_place(operator.imod, operator.mod)
+    __ipow__ = _in_place(operator.ipow, operator.pow)
+    __iand__ = _in_place(operator.iand, operator.and_)
+    __ior__ = _in_place(operator.ior, operator.or_)
+    __ixor__ = _in_place(operator.ixor, operator.xor)
+    __ilshift__ = _in_place(operator.ilshift, operator.lshift)
+    __irshift__ = _in_place(operator.irshift, operator.rshift)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class Proxy(WritingProxy):
     """Stands for a value while the model runs; see the module's text."""
 
     def __init__(self, node: fx.Node, tracer: Any) -> None:
@@ -98,19 +142,6 @@ class Proxy(fx.Proxy):
         found = next(proxies_in((args, kwargs)))
         return asked(found).function(orig_method, args or (), kwargs or {})
 
-    # torch.fx would drop the writes of in-place operators.
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
     def __getitem__(self, index: Any) -> Any:
         value = self._held.value
         several = isinstance(value, tuple | list) and all(isinstance(v, Tensor) for v in value)
@@ -118,9 +149,6 @@ class Proxy(fx.Proxy):
             # Of several tensors, each is a value of its own: x.chunk(2)[::-1] is two of them.
             return tuple(self[place] for place in range(len(self))[index])
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __bool__(self) -> bool:
         value = self._held.value

@@ -7,6 +7,7 @@ same names, spells it. What ATen says in another way stands in the tables below.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -131,7 +132,9 @@ def _default(op: Op, argument: torch.Argument) -> Any:
 
 
 def writes_first(target: object) -> bool:
-    """Whether an ATen overload, known to the table or not, overwrites its first argument."""
+    """Whether an operator or ATen overload, known to the table or not, writes to its first."""
+    if target in _OPERATORS:
+        return True
     if not isinstance(target, OpOverload) or not target._schema.arguments:
         return False
     first = target._schema.arguments[0]
@@ -144,6 +147,12 @@ def may_alias(target: object) -> bool:
         return False
     return any(result.alias_info is not None for result in target._schema.returns)
 
+
+_OPERATORS: Final = (
+    operator.ifloordiv, operator.imod, operator.iand, operator.ior, operator.ixor,
+    operator.ilshift, operator.irshift,
+)  # fmt: skip
+"""Operators that write in place, beside those that the table knows."""
 
 _RENAMED: Final[Mapping[tuple[str, str], str]] = {
     ("", "train"): "training",

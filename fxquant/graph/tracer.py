@@ -24,6 +24,7 @@ from fxquant.graph.proxies import (
     Held,
     NoValueError,
     Proxy,
+    WritingProxy,
     is_proxy,
     values_of,
 )
@@ -250,6 +251,10 @@ class Retracer(fx.Tracer):
     """
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that may be written to: ``x[:, 0] = 1`` is a line of that code."""
+        return WritingProxy(node, self)
 
 
 def _kind(value: Any) -> ValueKind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,3 +101,94 @@ def test_functions_of_patterns_are_no_part_of_converted_models() -> None:
     batches = [torch.randn(4, 8)]
     made = fxquant.quantize(Halves().eval(), batches, patterns=[halved], backend="reference")
     assert [op.op for op in fxquant.report(again(made)).ops] == ["halved"]
+
+
+class Writes(nn.Module):
+    """A convolution, and something written in place into what is read later."""
+
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read through another name, after the write."""
+        y = self.conv(x)
+        seen = y[:, :4]
+        self.write(y)
+        z: Tensor = self.head((y + seen.sum(1, keepdim=True)).mean((2, 3)))
+        return z
+
+
+def set_item(y: Tensor) -> None:
+    y[:, 0] = 1.0
+
+
+def set_masked(y: Tensor) -> None:
+    y[y < 0] = 0.5
+
+
+def add_to_view(y: Tensor) -> None:
+    part = y[:, 1]
+    part += 2.0
+
+
+def multiply(y: Tensor) -> None:
+    y *= 3.0
+
+
+def power(y: Tensor) -> None:
+    y **= 2
+
+
+def remainder(y: Tensor) -> None:
+    y %= 0.75
+
+
+def method(y: Tensor) -> None:
+    y[:, 2].zero_()
+
+
+@pytest.mark.parametrize(
+    "write", [set_item, set_masked, add_to_view, multiply, power, remainder, method]
+)
+@pytest.mark.parametrize("backend", ["reference", "x86"])
+@pytest.mark.filterwarnings("ignore::fxquant.errors.SpeedWarning")
+def test_what_is_written_in_place_still_is(
+    write: Callable[[Tensor], Any], backend: str, data: list[Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Writes(write).eval()
+    made = fxquant.quantize(model, data, backend=backend)
+    wanted = made(data[0])
+    error = (wanted - model(data[0])).square().mean() / model(data[0]).square().mean()
+    assert error < 1e-3
+    for twin in (again(made), again(again(made)), copy.deepcopy(again(made))):
+        assert torch.equal(twin(data[0]), wanted)
+
+
+def test_numbers_that_are_added_to_are_new_ones(data: list[Tensor]) -> None:
+    class Counts(nn.Module):
+        """``n += 1`` leaves the number alone that it started from."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            n = y.shape[-1]
+            more = n
+            more += 2
+            more *= 2
+            z: Tensor = y.new_ones(n, more).sum() * y.mean((2, 3))
+            return z
+
+    model = Counts().eval()
+    made = fxquant.quantize(model, data, backend="reference")
+    unseen = fxquant.quantize(model, mode="dynamic", backend="reference")
+    for size in (8, 5):
+        x = torch.randn(2, 3, size, size)
+        for each in (made, unseen, again(made), again(unseen)):
+            found, wanted = each(x), model(x)
+            assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
