@@ -328,8 +328,10 @@ def convert(
     check_calibrated(prepared, "convert")
     if record.mode == "qat":
         check_trained(prepared)
-    with collector_paused():
+    # What is computed from weights is kept in buffers, and those with a history cannot be copied.
+    with torch.no_grad(), collector_paused():
         converted = with_user_class_of(lower(prepared, chosen), prepared)
+        converted.seal(chosen.name, chosen.cpu_only)
         made = record_of(converted)
         check_coverage(made, min_coverage)
         check_half(made, converted)

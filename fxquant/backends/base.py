@@ -258,6 +258,10 @@ class Backend(Protocol):
     def reads_unsigned(self) -> bool:
         """Whether its kernels read uint8; then int8 activations are stored so, 128 higher."""
 
+    @property
+    def cpu_only(self) -> bool:
+        """Whether its models run on the CPU and nowhere else."""
+
     def missing(self) -> str | None:
         """Why it cannot run here, or ``None``."""
 

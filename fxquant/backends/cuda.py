@@ -110,6 +110,7 @@ class Cuda:
     )
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
     costs: Costs = MEASURED
+    cpu_only: bool = False
     saturates_pairs: bool = False
     reads_unsigned: bool = False
 

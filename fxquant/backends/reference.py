@@ -24,6 +24,7 @@ class Reference:
     costs: Costs = MEASURED
     saturates_pairs: bool = False
     reads_unsigned: bool = False
+    cpu_only: bool = False
 
     def missing(self) -> str | None:
         """It runs everywhere."""

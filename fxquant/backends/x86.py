@@ -49,6 +49,8 @@ class X86:
     reads_unsigned: bool = True
     costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)
 
+    cpu_only: bool = True
+
     @property
     def saturates_pairs(self) -> bool:
         """Without VNNI the kernels add products in pairs of 16 bits."""

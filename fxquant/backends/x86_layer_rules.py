@@ -261,7 +261,7 @@ def put(
 def is_container(editor: Editor, path: str) -> bool:
     """Whether the place belongs to the layer's own weight holder."""
     try:
-        return "weight_scale" in dict(editor.module.get_submodule(path).named_parameters())
+        return "weight_scale" in editor.module.get_submodule(path)._buffers
     except AttributeError:
         return False
 

@@ -140,7 +140,7 @@ class X86Recurrent(IntegerRecurrent):
 
     def _product(self, weight: str, bias: str, *, gates: bool) -> _Product:
         codes, scale = self.matrix(weight)
-        held = self._parameters.get(bias)
+        held = self._buffers.get(bias)
         shift = torch.zeros(codes.shape[0]) if held is None else held.detach()
         codes, scale = codes.detach(), scale.detach()
         more = self.padded - self.hidden_size

@@ -37,14 +37,14 @@ class StoredLinear(StoredParts):
     """
 
     def __init__(self, parts: StoredParts) -> None:
-        held = parts._parameters
+        held = parts._buffers
         super().__init__(
             held["weight"], held["weight_scale"], None, parts.layout, parts.bits, held["bias"]
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
-        codes, scale = self.get_parameter("weight"), self.get_parameter("weight_scale")[:, 0]
+        codes, scale = self.get_buffer("weight"), self.get_buffer("weight_scale")[:, 0]
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         # Of bfloat16 the kernel reads past the end of rows that are no multiple of its width.
         if 0 < rows <= FEW_ROWS and x.dtype == torch.float32 == scale.dtype and x.is_cpu:
@@ -52,7 +52,7 @@ class StoredLinear(StoredParts):
             made = torch._weight_int8pack_mm(flat, codes, scale).view(*x.shape[:-1], -1)
         else:
             made = F.linear(x, codes.to(x.dtype)).mul_(scale.to(x.dtype))
-        bias = self._parameters["bias"]
+        bias = self._buffers["bias"]
         return made if bias is None else made.add_(bias)
 
 
@@ -61,7 +61,7 @@ def _has_kernel(match: Match) -> Reject | None:
     parts = layer.graph.owning_module.get_submodule(_path(match))  # type: ignore[union-attr]  # graphs of passes have one
     if not isinstance(parts, StoredParts):
         return Reject("its weight is held by no stored layer", real)
-    codes, scale = parts.get_parameter("weight"), parts.get_parameter("weight_scale")
+    codes, scale = parts.get_buffer("weight"), parts.get_buffer("weight_scale")
     if codes.dtype != torch.int8 or scale.shape != (codes.shape[0], 1):
         return Reject("the kernel takes 8-bit codes with one scale for each output channel", real)
     if argument(real, "zero_point") is not None:

@@ -7,6 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def hold_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    """Keep integers in the place of a module's weight.
+
+    Args:
+        module: a module that has a float weight.
+        codes: what it holds from now on: a buffer, for integers cannot require gradients.
+        scale: their scale.
+    """
+    del module._parameters["weight"]
+    module.register_buffer("weight", codes)
+    module.register_buffer("weight_scale", scale)
+
+
 class IntegerEmbedding(nn.Embedding):
     """An embedding whose table is int8, with one scale for each row or one for all.
 
@@ -24,8 +37,7 @@ class IntegerEmbedding(nn.Embedding):
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__(codes.shape[0], codes.shape[1], device="meta")
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        hold_codes(self, codes, scale)
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table as float32 ``[..., width]``; ``input`` holds indices."""
@@ -66,8 +78,7 @@ class IntegerEmbeddingBag(nn.EmbeddingBag):
             padding_idx=bag.padding_idx,
             device="meta",
         )
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        hold_codes(self, codes, scale)
 
     def forward(
         self,

@@ -116,8 +116,7 @@ class KernelUnit(nn.Module):
             self.layers[name] = LayerPlace(layer.axis, dict(layer.options))
             tensors = (("weight", layer.weight), ("scale", layer.scale), ("bias", layer.bias))
             for part, tensor in tensors:
-                held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-                self.register_parameter(f"{name}_{part}", held)
+                self.register_buffer(f"{name}_{part}", tensor)
         self.constants = {k: v for k, v in constants.items() if not isinstance(v, nn.Module)}
         self.modules_by_name = {k: v for k, v in constants.items() if isinstance(v, nn.Module)}
         for name, module in self.modules_by_name.items():
@@ -155,8 +154,8 @@ class KernelUnit(nn.Module):
         )
 
     def _layer(self, name: str, place: LayerPlace) -> IntegerLayer:
-        weight = self.get_parameter(f"{name}_weight")
-        scale, bias = self.get_parameter(f"{name}_scale"), self._parameters[f"{name}_bias"]
+        weight, scale = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_scale")
+        bias = self._buffers[f"{name}_bias"]
         return IntegerLayer(weight, scale, place.axis, bias, place.options)
 
     def extra_repr(self) -> str:

@@ -75,9 +75,9 @@ def _in_place(how: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     """What stands for ``x += y``, which torch.fx would take for ``x = x + y``."""
 
     def write(self: fx.Proxy, other: Any) -> Any:
-        held = self.__dict__.get("_held")
-        known = held is not None and held.value is not MISSING
-        number = isinstance(held.value, SCALARS) if known else _is_size(self.node)
+        held = self.__dict__.get("_held", Held())
+        unknown = held.value is MISSING
+        number = _is_size(self.node) if unknown else isinstance(held.value, SCALARS)
         # Numbers cannot change: generated code would let the old name be the new number.
         target = plain if number else how
         return self.tracer.create_proxy("call_function", target, (self, other), {})

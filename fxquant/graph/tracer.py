@@ -244,6 +244,10 @@ class Tracer(Answers, fx.Tracer):
         return f"{line}: {said}" if said else line
 
 
+READS: Final = "_fxquant_reads"
+"""Where a pickle keeps the names of the tensors that its code reads, in order."""
+
+
 class Retracer(fx.Tracer):
     """What unpickling a graph module traces its code anew with.
 
@@ -252,9 +256,33 @@ class Retracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Each read is a node, under the name that stood there: of tied tensors all have one."""
+        if not isinstance(attr_val, Tensor) or is_proxy(attr_val):
+            return attr_val
+        targets = self.root.__dict__.get(READS, ())
+        for place, target in enumerate(targets):
+            if target.rpartition(".")[2] == attr and _held_at(self.root, target) is attr_val:
+                # Code reads in the order of the graph.
+                self.root.__dict__[READS] = targets[place + 1 :]
+                return self.create_proxy("get_attr", target, (), {})
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that may be written to: ``x[:, 0] = 1`` is a line of that code."""
         return WritingProxy(node, self)
+
+
+def _held_at(root: nn.Module, target: str) -> Any:
+    """What stands at a path; found without reading attributes, which is what is being traced."""
+    found: Any = root
+    *owners, leaf = target.split(".")
+    for name in owners:
+        found = None if found is None else found._modules.get(name)
+    if found is None:
+        return None
+    held = found._parameters.get(leaf)
+    return found._buffers.get(leaf) if held is None else held
 
 
 def _kind(value: Any) -> ValueKind:

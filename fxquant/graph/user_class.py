@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from fxquant.errors import LoadError
+from fxquant.errors import ConfigError, LoadError
 from fxquant.graph.containers import can_be_imported, class_name, class_named
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import KEY, NodeInfo, info
 from fxquant.graph.reads import description
+from fxquant.graph.tracer import READS
 
 _CLASS: Final = "_fxquant_user_class"
 _Known: TypeAlias = tuple[str, str, int, NodeInfo]
@@ -24,8 +27,56 @@ _KEPT: Final = "_user_preserved_attributes"
 """The key under which torch.fx keeps attributes through a copy."""
 
 
+_SEALED: Final = "fxquant_sealed"
+
+
 class UserModule(GraphModule):
     """A graph module with the attributes and methods of the user's own class behind its own."""
+
+    def seal(self, backend: str, cpu_only: bool) -> None:
+        """Say that it is converted: which numbers it computes with is decided.
+
+        Args:
+            backend: what it was converted for.
+            cpu_only: whether that runs on the CPU only.
+        """
+        self.meta[_SEALED] = (backend, cpu_only)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what is converted goes on computing as in evaluation mode."""
+        if not self.meta.get(_SEALED):
+            return super().train(mode)
+        super().train(False)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.to()``, ``.float()``, ``.half()`` and ``.cuda()`` are made of.
+
+        Raises:
+            ConfigError: it is converted, and would be to compute with other numbers, or elsewhere.
+        """
+        sealed = self.meta.get(_SEALED)
+        if not sealed:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return self
+        backend, cpu_only = sealed
+        probe = fn(torch.zeros(1))
+        if probe.dtype is not torch.float32:
+            raise ConfigError(
+                f"this model is converted, and cannot be made {probe.dtype}: its integers come "
+                "with float32 scales. For float ops in 16 bits quantize with mode='bfloat16' or "
+                "'float16', or with overrides={...: 'bfloat16'}"
+            )
+        if cpu_only and probe.device.type != "cpu":
+            raise ConfigError(
+                f"this model is converted for backend {backend!r}, which runs on the CPU, and "
+                f"cannot go to {probe.device}: convert it with backend='reference' or 'cuda' first"
+            )
+        # .float() is for models in 16 bits; here some ops may compute in them on purpose.
+        kept = functools.partial(_in_own_dtype, fn)
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,8 +104,15 @@ class UserModule(GraphModule):
         return _nothing if found is nn.RNNBase.flatten_parameters else found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        made: Any = super().__reduce__()
-        return restored, (type(self).__name__, made[0], made[1], _known(self.graph))
+        rebuild, arguments, *_ = super().__reduce__()
+        reads = tuple(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
+        held: dict[str, Any] = {**arguments[0], READS: reads}
+        given = (type(self).__name__, rebuild, (held, *arguments[1:]), _known(self.graph))
+        return restored, given
+
+
+def _in_own_dtype(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return change(tensor).to(tensor.dtype)
 
 
 def _nothing(module: nn.Module) -> None:
@@ -117,8 +175,10 @@ def restored(
     _remember(made, known)
     made.meta.update(arguments[0].get("meta", {}))
     for key, value in plain.__dict__.items():
-        if key not in made.__dict__:
+        if key not in made.__dict__ and key != READS:
             made.__dict__[key] = value
+    if made.meta.get(_SEALED):
+        made.train(made.training)
     return made
 
 

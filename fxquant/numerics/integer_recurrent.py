@@ -52,18 +52,14 @@ class IntegerRecurrent(Recurrence, nn.Module):
         self.reads = reads
         self.cells = tuple(cells_of(self.num_layers, self.bidirectional))
         for name, (codes, scale) in weights.items():
-            self._hold(name, codes)
-            self._hold(f"{name}_scale", scale)
+            # Buffers: integers cannot require gradients, and what users do to parameters may.
+            self.register_buffer(name, codes)
+            self.register_buffer(f"{name}_scale", scale)
         for cell in self.cells:
             for name in (f"{bias}{cell.suffix}" for bias in _BIASES):
-                bias = layer._parameters.get(name)
-                self._hold(name, None if bias is None else bias.detach().clone())
+                bias = getattr(layer, name, None)
+                self.register_buffer(name, None if bias is None else bias.detach().clone())
         self.train(layer.training)
-
-    def _hold(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        self.register_parameter(name, tensor)
 
     def flatten_parameters(self) -> None:
         """Does nothing: users call it on float layers, whose memory cuDNN wants in one piece."""
@@ -71,11 +67,11 @@ class IntegerRecurrent(Recurrence, nn.Module):
     def matrices(self) -> tuple[str, ...]:
         """The names of its integer weights."""
         names = (f"{kind}{cell.suffix}" for cell in self.cells for kind in MATRICES)
-        return tuple(name for name in names if name in self._parameters)
+        return tuple(name for name in names if name in self._buffers)
 
-    def stored(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes of a weight and its scales, as they are stored."""
-        return self.get_parameter(name), self.get_parameter(f"{name}_scale")
+        return self.get_buffer(name), self.get_buffer(f"{name}_scale")
 
     def matrix(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes of a weight, and one scale for each of its rows."""
@@ -86,12 +82,12 @@ class IntegerRecurrent(Recurrence, nn.Module):
         real: list[Tensor | None] = []
         for kind in MATRICES:
             name = f"{kind}{cell.suffix}"
-            held = name in self._parameters
+            held = name in self._buffers
             real.append(dequantize_weight(*self.matrix(name), 0) if held else None)
         first, second = real[0], real[1]
         if first is None or second is None:
             raise TypeError(f"cell {cell} has no weights")
-        biases = [self._parameters[f"{bias}{cell.suffix}"] for bias in _BIASES]
+        biases = [self._buffers[f"{bias}{cell.suffix}"] for bias in _BIASES]
         return Weights(first, second, biases[0], biases[1], real[2])
 
     def run_cell(

@@ -23,27 +23,25 @@ class StoredParts(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter | None,
-        scale: nn.Parameter | None,
-        zero_point: nn.Parameter | None,
+        weight: Tensor | None,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
         layout: tuple[int, int, bool],
         bits: int,
         bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        # Parameters, not buffers: unpickling a graph module traces it anew, and would fold what
-        # is computed from buffers alone into a float constant.
-        self.register_parameter("weight", weight)
-        self.register_parameter("weight_scale", scale)
-        self.register_parameter("weight_zero_point", zero_point)
-        held = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", held)
+        # Buffers: integers cannot require gradients, and what users do to all parameters may.
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", zero_point)
+        self.register_buffer("bias", bias)
         self.layout, self.bits = layout, bits
 
     @property
     def kind(self) -> str:
         """How the weight is stored, in words: ``int4 per group of 32``."""
-        scale = self.get_parameter("weight_scale")
+        scale = self.get_buffer("weight_scale")
         size, width, _ = self.layout
         if size < width:
             granularity = f"group of {size}"
@@ -54,13 +52,13 @@ class StoredParts(nn.Module):
     @property
     def elements(self) -> int:
         """How many weights there are."""
-        return self.get_parameter("weight").shape[0] * self.layout[1]
+        return self.get_buffer("weight").shape[0] * self.layout[1]
 
     def real_rows(self, indices: Tensor) -> Tensor:
         """The rows at ``indices`` as float32 ``[..., width]``."""
-        scale: Tensor = self.get_parameter("weight_scale")
-        zeros: Tensor | None = self._parameters["weight_zero_point"]
-        codes = F.embedding(indices, self.get_parameter("weight"))
+        scale: Tensor = self.get_buffer("weight_scale")
+        zeros: Tensor | None = self._buffers["weight_zero_point"]
+        codes = F.embedding(indices, self.get_buffer("weight"))
         if scale.shape[0] > 1:
             scale = F.embedding(indices, scale)
             zeros = None if zeros is None else F.embedding(indices, zeros)
@@ -68,7 +66,7 @@ class StoredParts(nn.Module):
 
     def extra_repr(self) -> str:
         """Size and granularity, for ``print(model)``."""
-        rows = self.get_parameter("weight").shape[0]
+        rows = self.get_buffer("weight").shape[0]
         return f"{rows}, {self.layout[1]}, {self.kind}"
 
 
@@ -89,8 +87,8 @@ class StoredEmbeddingBag(StoredParts):
     """
 
     def __init__(self, bag: nn.EmbeddingBag, parts: StoredParts) -> None:
-        held = parts._parameters
-        weight, scale = parts.get_parameter("weight"), parts.get_parameter("weight_scale")
+        held = parts._buffers
+        weight, scale = parts.get_buffer("weight"), parts.get_buffer("weight_scale")
         super().__init__(weight, scale, held["weight_zero_point"], parts.layout, parts.bits)
         self.mode, self.include_last_offset = bag.mode, bag.include_last_offset
         self.padding_idx = bag.padding_idx

@@ -54,18 +54,16 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        # Parameters, not buffers: unpickling a graph module traces it anew, and would fold
-        # dequantize_weight(buffer, buffer) into a float constant.
         scale, bias = _one_block(scale, bias)
+        # Buffers: integers cannot require gradients, and what users do to all parameters may.
         for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
-            held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, held)
+            self.register_buffer(name, tensor)
 
     def extra_repr(self) -> str:
         """Shape and granularity, for ``print(model)``."""
-        weight, scale = self.get_parameter("weight"), self.get_parameter("weight_scale")
+        weight, scale = self.get_buffer("weight"), self.get_buffer("weight_scale")
         kind = "per channel" if scale.numel() > 1 else "per tensor"
-        return f"{tuple(weight.shape)} int8 {kind}, bias={self._parameters['bias'] is not None}"
+        return f"{tuple(weight.shape)} int8 {kind}, bias={self._buffers['bias'] is not None}"
 
 
 def _one_block(scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.backends.base import MEASURED, Costs
@@ -29,7 +29,7 @@ from fxquant.numerics.integer_weights import trained_weight
 from fxquant.passes.base import Pass
 from fxquant.spec import DEFAULT_WEIGHT, ROWS, QSpec
 
-_Cache = dict[tuple[int, QSpec], tuple[nn.Parameter, nn.Parameter]]
+_Cache = dict[tuple[int, QSpec], tuple[Tensor, Tensor]]
 """Integer weights by the float weight they come from, and its spec."""
 
 
@@ -80,12 +80,8 @@ class ConvertRecurrent(Pass):
             key = (id(weight), spec)
             if key not in cache:
                 fit = self.saturates_pairs
-                codes, scale = trained_weight(
+                cache[key] = trained_weight(
                     weight.detach(), spec, 0, trained.get(name), fit_pairs=fit
-                )
-                cache[key] = (
-                    nn.Parameter(codes, requires_grad=False),
-                    nn.Parameter(scale, requires_grad=False),
                 )
             made[name] = cache[key]
         # One range for several rows would make a sequence depend on its batch mates.

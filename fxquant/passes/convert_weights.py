@@ -31,9 +31,9 @@ _LINEAR: Final = "linear"
 
 @dataclass(frozen=True)
 class _Held:
-    weight: nn.Parameter
-    scale: nn.Parameter
-    zero_point: nn.Parameter | None
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
     layout: tuple[int, int, bool]
 
 
@@ -91,7 +91,7 @@ class ConvertWeights(Pass):
         editor.set_module(path, parts)
         held: dict[str, Node | None] = {}
         for name in ("weight", "weight_scale", "weight_zero_point", "bias"):
-            there = parts._parameters[name] is not None
+            there = parts._buffers[name] is not None
             held[name] = (
                 editor.get_attr(f"{path}.{name}", like=node, before=node) if there else None
             )
@@ -125,15 +125,10 @@ def _parts(
     key = (id(weight), spec)
     if key not in cache:
         made = store_weight(weight, spec)
-        zeros = None if made.zero_point is None else _parameter(made.zero_point)
         layout = (made.group_size, made.width, made.packed)
-        cache[key] = _Held(_parameter(made.codes), _parameter(made.scale), zeros, layout)
+        cache[key] = _Held(made.codes, made.scale, made.zero_point, layout)
     held = cache[key]
     return make(held.weight, held.scale, held.zero_point, held.layout, spec.bits, bias)
-
-
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _stays_float(editor: Editor, node: Node, takers: set[str]) -> str | None:

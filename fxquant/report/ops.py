@@ -183,12 +183,12 @@ def _weight(head: Node) -> tuple[str, int]:
     if head.op == "call_module" and isinstance(
         module_of(head), IntegerEmbedding | IntegerEmbeddingBag
     ):
-        table = module_of(head).get_parameter("weight")
-        rows = module_of(head).get_parameter("weight_scale").numel() > 1
+        table = module_of(head).get_buffer("weight")
+        rows = module_of(head).get_buffer("weight_scale").numel() > 1
         return f"int8 per {'channel 0' if rows else 'tensor'}", table.numel()
     if head.op == "call_module" and isinstance(module_of(head), IntegerRecurrent):
         recurrent = module_of(head)
-        count = sum(p.numel() for p in recurrent.parameters() if p.dtype is torch.int8)
+        count = sum(p.numel() for p in recurrent.buffers() if p.dtype is torch.int8)
         return "int8 per channel 0", count
     if head.op == "call_module" and isinstance(module_of(head), StoredParts):
         parts = module_of(head)

@@ -76,8 +76,8 @@ def _stored_weights(node: Node) -> Iterator[Tensor]:
         return
     module = module_of(node)
     if isinstance(module, StoredParts):
-        rows = module.get_parameter("weight").shape[0]
-        yield module.real_rows(torch.arange(rows, device=module.get_parameter("weight").device))
+        rows = module.get_buffer("weight").shape[0]
+        yield module.real_rows(torch.arange(rows, device=module.get_buffer("weight").device))
         return
     weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:

@@ -34,7 +34,7 @@ def converted(
 
 
 def weight_of(module: GraphModule, path: str) -> torch.Tensor:
-    return module.get_submodule(path).get_parameter("weight").detach()
+    return module.get_submodule(path).get_buffer("weight").detach()
 
 
 def test_the_shape_of_the_graph() -> None:
@@ -63,11 +63,11 @@ def test_it_computes_what_the_formulas_say() -> None:
 
     def weight(path: str) -> torch.Tensor:
         held = module.get_submodule(path)
-        return dequantize_weight(weight_of(module, path), held.get_parameter("weight_scale"), 0)
+        return dequantize_weight(weight_of(module, path), held.get_buffer("weight_scale"), 0)
 
     with torch.no_grad():
         y = torch.relu(F.conv2d(through(X, 0), weight("0"), conv.bias, 2, 1))
-        y = F.linear(through(y, 1).flatten(1), weight("3"), module.get_parameter("3.bias"))
+        y = F.linear(through(y, 1).flatten(1), weight("3"), module.get_buffer("3.bias"))
         assert torch.equal(module(X), y)
 
 
@@ -77,7 +77,7 @@ def test_weights_are_int8_and_near(granularity: Any) -> None:
     config = QConfig(weight=spec)
     conv = nn.Conv2d(4, 5, 3)
     module = converted(nn.Sequential(conv), overrides=(("*", config),))
-    codes, scale = weight_of(module, "0"), module.get_parameter("0.weight_scale")
+    codes, scale = weight_of(module, "0"), module.get_buffer("0.weight_scale")
     assert codes.dtype == torch.int8
     assert scale.numel() == (5 if granularity == "channel" else 1)
     assert int(codes.min()) >= -127
@@ -93,23 +93,23 @@ def test_no_float_weight_is_left() -> None:
     module = converted(nn.Sequential(*layers))
     kinds = {type(m) for m in module.modules()} - {type(module)}
     assert kinds == {QuantizedWeight}
-    floats = [name for name, p in module.named_parameters() if p.dtype == torch.float32]
+    floats = [name for name, p in module.named_buffers() if p.dtype == torch.float32]
     assert {name.rpartition(".")[2] for name in floats} == {"bias", "weight_scale"}
-    assert not any(p.requires_grad for p in module.parameters())
+    assert not list(module.parameters())
 
 
 def test_transposed_weights_have_their_scales_on_axis_one() -> None:
     module = converted(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1)))
     held = module.get_submodule("0")
-    assert held.get_parameter("weight").shape == (4, 3, 3, 3)
-    assert held.get_parameter("weight_scale").numel() == 3
+    assert held.get_buffer("weight").shape == (4, 3, 3, 3)
+    assert held.get_buffer("weight_scale").numel() == 3
     assert argument(node_of(module, "dequantize_weight"), "axis") == 1
 
 
 def test_a_shared_weight_is_quantized_once() -> None:
     model = One(lambda m, x: m.conv(m.conv(x).relu()), conv=nn.Conv2d(4, 4, 1))
     module = converted(model)
-    named = module.named_parameters(remove_duplicate=False)
+    named = module.named_buffers(remove_duplicate=False)
     weights = [p for n, p in named if n.endswith("weight")]
     assert len(weights) == 2
     assert weights[0].data_ptr() == weights[1].data_ptr()
