@@ -1,23 +1,28 @@
 """Units of users' patterns: which matches can run as one op, and how they are marked.
 
-A unit computes in float between the codes it reads and the codes it writes. Where a convolution or
-linear inside reads what another one has made, a second unit begins: on codes it is faster.
+A unit computes in float between the codes it reads and the codes it writes. Where that would cost
+time, a second unit begins:
+
+- a convolution or linear that reads what another op inside has made: on codes it is faster;
+- what depends elementwise on one value inside, in a way that no kernel has as its own: on codes it
+  is one table, ``conv(x) -> y * tanh(3 * y)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import CustomUnit, UnitPart, info
-from fxquant.graph.op_table import op_of
+from fxquant.graph.op_table import is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import flat_nodes, tensor_sources, what
 from fxquant.patterns.match import Match, Reject
+from fxquant.patterns.unary import Region, region_inside
 
 NOT_IN_A_UNIT: Final = {
     Kind.SHAPE: "it answers a question about a shape",
@@ -118,9 +123,12 @@ def group_custom(unit: CustomUnit, names: Names) -> Callable[[Match, Editor], No
 
     def rewrite(match: Match, editor: Editor) -> None:
         given = {node: place for place, node in enumerate(names.outputs(match))}
-        stages = _stages(match) if unit.kernel is None else dict.fromkeys(match.nodes, 0)
+        whole = unit.kernel is not None
+        tables = {} if whole else _tables(match)
+        stages = dict.fromkeys(match.nodes, 0) if whole else _stages(match, tables)
         stages = _with_layers(stages)
         last = max(stages.values())
+        called = _called(unit.name, stages, tables)
         numbers = tuple((name, match.bound[name]) for name in names.numbers if match.has(name))
         for node in sorted(match.nodes):
             stage = stages[node]
@@ -128,9 +136,8 @@ def group_custom(unit: CustomUnit, names: Names) -> Callable[[Match, Editor], No
                 continue
             crosses = any(stages.get(user, stage) != stage for user in node.users)
             gives = (given[node],) if node in given else (-1,) if crosses else ()
-            named = f"{unit.name} ({stage + 1} of {last + 1})" if last else unit.name
             part = UnitPart(
-                dataclasses.replace(unit, name=named),
+                dataclasses.replace(unit, name=called[stage]),
                 next((role for role in names.roles if match.bound.get(role) is node), ""),
                 _reads(match, node, names),
                 gives,
@@ -140,6 +147,15 @@ def group_custom(unit: CustomUnit, names: Names) -> Callable[[Match, Editor], No
             editor.annotate(node, unit=label, part=part)
 
     return rewrite
+
+
+def _called(name: str, stages: Mapping[Node, int], tables: Collection[Node]) -> dict[int, str]:
+    """The name of each stage: tables are called so, and the others numbered if there are more."""
+    others = sorted({stage for node, stage in stages.items() if node not in tables} - {-1})
+    found = dict.fromkeys(stages.values(), f"{name} (table)" if others else name)
+    for place, stage in enumerate(others, start=1):
+        found[stage] = f"{name} ({place} of {len(others)})" if len(others) > 1 else name
+    return found
 
 
 def _reads(match: Match, node: Node, names: Names) -> tuple[tuple[int, str], ...]:
@@ -165,12 +181,52 @@ def _with_layers(stages: dict[Node, int]) -> dict[Node, int]:
     return {node: stage - 1 for node, stage in stages.items()}
 
 
-def _stages(match: Match) -> dict[Node, int]:
-    """In which unit each member runs: one that multiplies by a weight reads codes."""
+def _stages(match: Match, tables: Mapping[Node, Region]) -> dict[Node, int]:
+    """In which unit each member runs: one that multiplies by a weight reads codes, tables too."""
     stages: dict[Node, int] = {}
     for node in sorted(match.nodes):
-        before = [stages[source] for source in tensor_sources(node) if source in stages]
+        table = tables.get(node)
+        before = [
+            stages[source] + (table is not None and source is table.source)
+            for source in tensor_sources(node)
+            if source in stages
+        ]
         found = op_of(node)
         again = found is not None and found.kind is Kind.CONTRACT and bool(before)
         stages[node] = max(before, default=0) + again
     return stages
+
+
+def _tables(match: Match) -> dict[Node, Region]:
+    """The members that are to be tables of codes, each with all that is in its table.
+
+    A single op right after a layer is part of the layer's kernel, or no slower in float.
+    """
+    found: dict[Node, Region] = {}
+    layers = _layers(match)
+    for root in sorted(match.nodes, reverse=True):
+        config = info(root).config
+        static = config is not None and config.scheme == "static"
+        region = region_inside(root, match.nodes) if static and root not in found else None
+        if region is None or region.source not in layers or len(region.nodes) == 1:
+            continue
+        # What goes on in float with others would have to be made float again.
+        readers = [op_of(user) for user in root.users if user in match.nodes]
+        if all(op is not None and op.kind is Kind.CONTRACT for op in readers):
+            found.update(dict.fromkeys(region.nodes, region))
+    return found
+
+
+def _layers(match: Match) -> dict[Node, None]:
+    """The members whose value a kernel writes as codes: layers, with their norms and sums.
+
+    Without a layer, sums and products of two tensors.
+    """
+    found: dict[Node, None] = {}
+    for node in sorted(match.nodes):
+        op, sources = op_of(node), tensor_sources(node)
+        ends = is_op(node, "batch_norm", "add") and any(source in found for source in sources)
+        if ends or (op is not None and op.kind is Kind.CONTRACT):
+            found[node] = None
+    pairs = [n for n in match.nodes if is_op(n, "add", "sub", "mul") and len(tensor_sources(n)) > 1]
+    return found or dict.fromkeys(pairs)

@@ -9,7 +9,7 @@ Which of the known ops a chain is, is found by computing both in float64 on a de
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,7 +138,7 @@ def find_region(root: Node) -> Region | Reject:
     bases = _bases(root, {})
     if not bases:
         names = " and ".join(f"%{source.name}" for source in dict.fromkeys(_tensors(root)))
-        return Reject(f"it mixes {names}", root, 1)
+        return Reject(f"it mixes {names}", root)
     miss = Reject("there is only one op", root)
     for source in reversed(bases):
         inside = _between(source, root)
@@ -149,6 +149,16 @@ def find_region(root: Node) -> Region | Reject:
             order = sorted(inside)
             return Region(source, tuple(order))
     return miss
+
+
+def region_inside(root: Node, members: Collection[Node]) -> Region | None:
+    """The largest region that ends at ``root``, all of it and its source among ``members``."""
+    for source in reversed(_bases(root, {})):
+        inside = _between(source, root)
+        among = source in members and all(node in members for node in inside)
+        if among and _leak(inside, root) is None:
+            return Region(source, tuple(sorted(inside)))
+    return None
 
 
 def _between(source: Node, root: Node) -> dict[Node, None]:

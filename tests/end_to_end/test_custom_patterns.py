@@ -453,3 +453,145 @@ def test_units_in_modes_without_codes_between_ops(mode: Any) -> None:
     assert [op.op for op in report.ops] == ["unit", "linear"]
     assert "the kernel of pattern 'unit' reads codes" in fxquant.explain(q, "a").ops[0].why
     assert error(q, model, x) < 0.03
+
+
+def wave(y: Tensor) -> Tensor:
+    """An activation that no library has a name for."""
+    return y * torch.tanh(0.5 * y + 0.1)
+
+
+@fxquant.pattern
+def conv_wave(x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+    return wave(conv(x))
+
+
+@fxquant.pattern
+def residual_wave(x, y, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+    return wave(conv(x) + y)
+
+
+@fxquant.pattern
+def sum_wave(x, y):  # type: ignore[no-untyped-def]
+    return wave(x + y)
+
+
+@fxquant.pattern
+def wave_and_itself(x, conv: nn.Conv2d):  # type: ignore[no-untyped-def]
+    y = conv(x)
+    return y, wave(y)
+
+
+@fxquant.pattern
+def waved_twice(x, a: nn.Conv2d, b: nn.Conv2d):  # type: ignore[no-untyped-def]
+    return wave(b(wave(a(x))))
+
+
+@fxquant.pattern
+def gated_wave(x, a: nn.Conv2d, b: nn.Conv2d):  # type: ignore[no-untyped-def]
+    return a(x) * wave(b(x))
+
+
+def _norm(m: Any, x: Any) -> Any:
+    return m.out(wave(m.bn(m.a(x))))
+
+
+def _sum(m: Any, x: Any) -> Any:
+    y = m.a(x)
+    return m.out(wave(m.b(y) + y))
+
+
+def _both(m: Any, x: Any) -> Any:
+    y = m.a(x)
+    return m.out(y) + m.c(wave(y))
+
+
+def _twice(m: Any, x: Any) -> Any:
+    return m.out(wave(m.b(wave(m.a(x)))))
+
+
+def _gate(m: Any, x: Any) -> Any:
+    return m.out(m.a(x) * wave(m.c1(x)))
+
+
+WAVES = [
+    (conv_wave, _norm, ["conv_wave", "conv_wave (table)"]),
+    (residual_wave, _sum, ["residual_wave", "residual_wave (table)"]),
+    (wave_and_itself, _both, ["wave_and_itself", "wave_and_itself (table)"]),
+    (
+        waved_twice,
+        _twice,
+        [f"waved_twice ({n})" for n in ("1 of 2", "table", "2 of 2", "table")],
+    ),
+    # What goes on in float with others would have to be made float again.
+    (gated_wave, _gate, ["gated_wave"]),
+    # Without a layer the sum is left to whatever kernel makes it, here that of a convolution.
+    (sum_wave, _sum, ["sum_wave"]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("unit", "body", "names"), WAVES, ids=[w[0].name for w in WAVES])
+def test_an_activation_without_a_kernel_is_a_table(
+    unit: fxquant.Pattern, body: Any, names: list[str], backend: str
+) -> None:
+    parts: dict[str, nn.Module] = {
+        "a": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "b": nn.Conv2d(8, 8, 1),
+        "c": nn.Conv2d(8, 8, 1), "c1": nn.Conv2d(3, 8, 1), "out": nn.Conv2d(8, 8, 1),
+    }  # fmt: skip
+    model = trained(One(body, **parts))
+    q, report = quantized(model, unit, backend=backend)
+    found = [op for op in report.ops if op.op.startswith(unit.name)]
+    assert [op.op for op in found] == names
+    assert all(op.int8 and op.by.startswith(f"pattern {unit.name}") for op in found)
+    tables = [op for op in found if op.parts == "unary"]
+    assert len(tables) == {"waved_twice": 2, "gated_wave": 0}.get(unit.name, 1)
+    if backend == "x86":
+        assert all(op.kernel == "TableCodes" for op in tables)
+        # Codes between the layer and its table, as without the pattern.
+        plain, _ = quantized(model, backend=backend)
+        if tables:
+            with torch.no_grad():
+                assert torch.equal(q(X), plain(X))
+    # Up to four layers of 8 bits: each edge is off by half a code of 255.
+    assert error(q, model) < 0.05
+
+
+def test_one_activation_after_a_layer_stays_with_it() -> None:
+    unit = fxquant.Pattern([nn.Conv2d, nn.Mish], name="mished")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Mish(), nn.Conv2d(8, 8, 3)).eval()
+    _, report = quantized(net, unit, backend="reference")
+    assert [op.op for op in report.ops] == ["mished", "conv2d"]
+
+
+def test_a_unit_with_a_kernel_stays_whole() -> None:
+    def kernel(x: Codes, conv: IntegerLayer, output: QType) -> Tensor:
+        y = F.conv2d(x.steps.double(), conv.weight.double()) * (x.scale * conv.scale.double()).view(
+            -1, 1, 1
+        )
+        y = wave(y + conv.bias.double().view(-1, 1, 1))  # type: ignore[union-attr]
+        codes = (y / output.scale).round() + output.zero_point
+        return codes.clamp(output.quant_min, output.quant_max).to(output.dtype)
+
+    unit = fxquant.Pattern(conv_wave.definition, kernel=kernel)
+    net = One(lambda m, x: m.out(wave(m.a(x))), a=nn.Conv2d(3, 8, 3), out=nn.Conv2d(8, 8, 1))
+    _, report = quantized(net.eval(), unit, backend="reference")
+    assert report.ops[0].kernel == "your kernel" and report.ops[0].op == "conv_wave"
+
+
+def test_a_dynamic_unit_stays_whole() -> None:
+    @fxquant.pattern
+    def linear_wave(x, layer: nn.Linear):  # type: ignore[no-untyped-def]
+        return wave(layer(x))
+
+    net = One(lambda m, x: m.out(wave(m.a(x))), a=nn.Linear(8, 8), out=nn.Linear(8, 8)).eval()
+    q = fxquant.quantize(net, mode="dynamic", patterns=[linear_wave], backend="reference")
+    assert [op.op for op in fxquant.report(q).ops] == ["linear_wave", "linear"]
+
+
+def test_a_table_inside_a_unit_is_trained_as_one() -> None:
+    net = One(_norm, a=nn.Conv2d(3, 8, 3), bn=nn.BatchNorm2d(8), out=nn.Conv2d(8, 8, 1))
+    prepared = fxquant.prepare(net, mode="qat", example_inputs=X, patterns=[conv_wave]).train()
+    prepared(X).square().mean().backward()
+    made = fxquant.convert(prepared, backend="reference")
+    assert [op.op for op in fxquant.report(made).ops][:2] == WAVES[0][2]
+    assert fxquant.verify(prepared, made, [X]).ok
