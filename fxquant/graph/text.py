@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-import unicodedata
+from collections.abc import Iterable
 from typing import Final
 
-_UNSAFE: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Controls, formats (right-to-left marks, zero-width), lone surrogates, separators of lines."""
+from fxquant.text import harmless
 
 
 def shown(text: str, limit: int | None = None) -> str:
@@ -26,8 +26,7 @@ def shown(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         # Cut before escaping, so that a name of megabytes costs nothing; cut again below.
         text = text[:limit] + text[-limit:]
-    if not (text.isascii() and text.isprintable()):
-        text = "".join(map(_safe, text))
+    text = harmless(text)
     if limit is not None and len(text) > limit:
         head = (limit - 3) // 2
         return f"{text[:head]}...{text[len(text) - (limit - 3 - head) :]}"
@@ -53,13 +52,27 @@ def shown_in_markdown(text: str, limit: int | None = None) -> str:
     return marked.translate(_ENTITIES)
 
 
-def _safe(character: str) -> str:
-    if unicodedata.category(character) not in _UNSAFE:
-        return character
-    code = ord(character)
-    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character)
-    if named is not None:
-        return named
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+_LONGEST: Final = 200
+"""Comparing two names takes time by the square of their length."""
+_NAME: Final = 60
+
+
+def names_near(given: object, known: Iterable[str]) -> str:
+    """What to say about a name that is none: those that are nearest, or else some that there are.
+
+    Args:
+        given: what was asked for; anything but a string is near to none.
+        known: the names that there are.
+
+    Example:
+        >>> names_near("haed", ["head", "body"])
+        "the nearest names are ['head']"
+        >>> names_near("neck", ["head", "body"])
+        "there are, for example, ['head', 'body']"
+    """
+    names = list(dict.fromkeys(filter(None, known)))
+    near: list[str] = []
+    if isinstance(given, str) and len(given) <= _LONGEST:
+        near = difflib.get_close_matches(given, [n for n in names if len(n) <= _LONGEST], n=3)
+    listed = [shown(name, _NAME) for name in near or names[:5]]
+    return f"{'the nearest names are' if near else 'there are, for example,'} {listed}"

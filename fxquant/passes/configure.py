@@ -6,12 +6,11 @@ inside it), a glob over paths, ``"re:..."``, a module class, or a function such 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import nn
 from torch.fx import Node
@@ -20,12 +19,14 @@ from fxquant.errors import ConfigError
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import class_op, function_spelling, module_of, op_of
+from fxquant.graph.text import names_near, shown
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.spec import QConfig
 
 Selector = str | type | Callable[..., object]
 Predicate = Callable[[Node], bool]
+_LINE: Final = 120
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,5 @@ def _name(selector: Selector) -> str:
 
 def nothing_matches(selector: Selector, nodes: Iterable[Node]) -> str:
     """The message for a selector that matches none of ``nodes``."""
-    known = list(dict.fromkeys(path for node in nodes for path in _paths(node) if path))
-    near = difflib.get_close_matches(selector, known, n=3) if isinstance(selector, str) else []
-    hint = f"the nearest names are {near}" if near else f"the model has, for example, {known[:5]}"
-    return f"the override {_name(selector)} matches nothing in this model: {hint}"
+    hint = names_near(selector, (path for node in nodes for path in _paths(node)))
+    return f"the override {shown(_name(selector), _LINE)} matches nothing in this model: {hint}"

@@ -118,7 +118,7 @@ def test_the_default_and_who_decided() -> None:
     [
         ("layer1.0.conv", r"override 'layer1\.0\.conv' matches nothing.*nearest.*layer1\.0\.conv1"),
         ("lyer10", "matches nothing.*nearest names are.*layer10"),
-        ("nothing.like.it", "matches nothing.*the model has, for example, "),
+        ("nothing.like.it", "matches nothing.*there are, for example, "),
         ("layer2*", "matches nothing"),
         ("re:conv1", "matches nothing"),
         (nn.LSTM, "override LSTM matches nothing"),
