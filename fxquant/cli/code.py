@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from fxquant.cli.parsing import did_you_mean
 from fxquant.errors import FxQuantError
+
+_NONE: Final = object()
+"""Stands for an attribute that is not there."""
 
 
 @contextmanager
@@ -47,10 +50,12 @@ def imported(spec: str, failure: type[FxQuantError], what: str) -> Any:
     found = call(functools.partial(_module, spec, failure, what), f"import {module_name}", failure)
     where = module_name
     for part in name.split("."):
-        if not hasattr(found, part):
+        # A module may have a __getattr__ of its own, and a class descriptors, which may fail.
+        held = call(functools.partial(getattr, found, part, _NONE), f"read {spec}", failure)
+        if held is _NONE:
             hint = did_you_mean(part, [each for each in dir(found) if not each.startswith("_")])
             raise failure(f"{what} {spec!r}: {where} has no {part!r}{hint}")
-        found, where = getattr(found, part), f"{where}.{part}"
+        found, where = held, f"{where}.{part}"
     return found
 
 
@@ -85,5 +90,7 @@ def call(function: Callable[[], Any], what: str, failure: type[FxQuantError]) ->
         raise
     except SystemExit as error:
         raise failure(f"could not {what}: it called exit({error.code!r})") from error
-    except Exception as error:  # the user's code may raise anything
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # the user's code may raise anything
         raise failure(f"could not {what}: {type(error).__name__}: {error}") from error

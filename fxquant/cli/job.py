@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.calibration import bind_batch, first_batch
-from fxquant.cli.code import call
+from fxquant.cli.code import call, imported
 from fxquant.cli.data import load_data, load_transform
 from fxquant.cli.models import load_model
 from fxquant.cli.parsing import natural, positive
@@ -36,6 +36,7 @@ class Job:
         data: what to calibrate with, if anything.
         transform: turns what the data yields into a batch.
         example: one batch, bound to the arguments of ``forward``, if one was given.
+        train: trains the model it is given, in mode ``qat``.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Job:
     data: Any = None
     transform: Callable[[Any], Any] | None = None
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    train: Callable[[nn.Module], object] | None = None
 
     @property
     def example_inputs(self) -> Any:
@@ -68,6 +70,7 @@ class Job:
                 transform=self.transform,
                 max_batches=settings.max_batches,
                 min_coverage=settings.min_coverage,
+                train=self.train,
                 progress=report,
                 **settings.keywords(),
             )
@@ -105,6 +108,7 @@ def load_job(arguments: argparse.Namespace) -> Job:
         FxQuantError: something cannot be had.
     """
     settings = read_settings(arguments)
+    train = load_training(settings.train)
     model = load_model(arguments.model, arguments, weights=arguments.weights).eval()
     data = None
     if arguments.calibration is not None:
@@ -122,7 +126,28 @@ def load_job(arguments: argparse.Namespace) -> Job:
                 f"run the model on {arguments.example_inputs!r}",
                 CalibrationError,
             )
-    return Job(model, settings, data, transform if data is not None else None, example)
+    return Job(model, settings, data, transform if data is not None else None, example, train)
+
+
+def load_training(spec: str | None) -> Callable[[nn.Module], object] | None:
+    """The function at ``package.module:function`` that trains a model; it is blamed by name.
+
+    Raises:
+        ConfigError: it is not there, or no function.
+    """
+    if spec is None:
+        return None
+    found = imported(spec, ConfigError, "the training function")
+    if not callable(found):
+        raise ConfigError(
+            f"the training function {spec!r} is a {type(found).__name__}: name a function"
+        )
+
+    def train(model: nn.Module) -> None:
+        tell("training")
+        call(functools.partial(found, model), f"train the model by {spec}", CalibrationError)
+
+    return train
 
 
 def example_batch(

@@ -16,7 +16,7 @@ from fxquant.spec import PRESETS, QConfig, QSpec, resolve_qconfig
 
 FLOAT: Final = "float"
 """What stands for ``None``, which TOML and shells do not have."""
-MODES: Final = ("static", "dynamic", "weight_only", "bfloat16", "float16")
+MODES: Final = ("static", "dynamic", "qat", "weight_only", "bfloat16", "float16")
 _QSPEC: Final = tuple(each.name for each in dataclasses.fields(QSpec))
 _QCONFIG: Final = tuple(each.name for each in dataclasses.fields(QConfig))
 
@@ -34,6 +34,7 @@ class Settings:
         max_batches: of calibration.
         min_coverage: share of ops that must be int8.
         strict: raise where a module stays as it is.
+        train: ``package.module:name`` of the function that trains, in mode ``qat``.
     """
 
     mode: str = "static"
@@ -44,6 +45,7 @@ class Settings:
     max_batches: int | None = None
     min_coverage: float | None = None
     strict: bool = False
+    train: str | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of :func:`fxquant.prepare`; what is named is imported."""
@@ -76,6 +78,7 @@ _TYPES: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
     "max_batches": (int, "a whole number"),
     "min_coverage": ((int, float), "a number"),
     "strict": (bool, "true or false"),
+    "train": (str, "the package.module:name of a function"),
 }
 
 
@@ -99,6 +102,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="fusion patterns of your own",
+    )
+    group.add_argument(
+        "--train",
+        metavar="MODULE:FUNCTION",
+        help="with --mode qat: f(model) trains the model that it is given",
     )
     group.add_argument("--max-batches", type=positive, metavar="N", help="of calibration")
     group.add_argument("--min-coverage", type=share, metavar="SHARE", help="0 to 1, else it fails")
@@ -125,7 +133,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         overrides[selector] = _config(value, f"--override {selector!r}")
     given = {
         name: getattr(arguments, name)
-        for name in ("mode", "qconfig", "backend", "max_batches", "min_coverage")
+        for name in ("mode", "qconfig", "backend", "max_batches", "min_coverage", "train")
         if getattr(arguments, name) is not None
     }
     made = dataclasses.replace(
@@ -137,7 +145,18 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     )
     if isinstance(made.qconfig, str):
         resolve_qconfig(made.qconfig)
+    _check_train(made)
     return made
+
+
+def _check_train(settings: Settings) -> None:
+    if settings.mode == "qat" and settings.train is None:
+        raise ConfigError(
+            "mode qat trains the model: pass --train package.module:function, a function that "
+            "trains the model it is given"
+        )
+    if settings.mode != "qat" and settings.train is not None:
+        raise ConfigError(f"--train is for --mode qat, and the mode is {settings.mode}")
 
 
 def from_toml(path: str) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -85,7 +86,8 @@ def _inputs(job: Job) -> tuple[tuple[Any, ...], dict[str, Any], Job]:
     args, kwargs = first.args, first.kwargs
     if not kwargs:
         args, kwargs = bind_batch(job.model, args, 0)
-    return args, kwargs, Job(job.model, job.settings, first.replay)
+    again = dataclasses.replace(job, data=first.replay, transform=None)
+    return args, kwargs, again
 
 
 def _head(inputs: Any, rows: int) -> Any:

@@ -13,6 +13,8 @@ from fxquant.cli.output import check_writable, write_text
 from fxquant.cli.parsing import positive
 from fxquant.cli.verb import Answer, Exit, Verb
 from fxquant.errors import ConfigError
+from fxquant.graph.diff import GraphDiff
+from fxquant.graph.text import names_near, shown
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     transform = load_transform(arguments.transform)
     found = fxquant.diff(a, b, data=data, transform=transform, max_batches=arguments.max_batches)
     if arguments.only is not None:
+        _check_path(found, arguments.only)
         found = found.only(arguments.only)
     text = found.to_markdown() if arguments.markdown else str(found)
     if arguments.output is not None:
@@ -60,6 +63,24 @@ def _run(arguments: argparse.Namespace) -> Answer:
     code = Exit.CHECK if arguments.exit_code and found else Exit.OK
     coloured = None if arguments.markdown else found.to_text(color=True)
     return Answer(text, {"differ": bool(found), **found.to_dict()}, code, coloured)
+
+
+def _check_path(found: GraphDiff, path: str) -> None:
+    """Refuse a module that neither graph has: no differences there would say nothing.
+
+    Raises:
+        ConfigError: names the nearest.
+    """
+    known: dict[str, None] = {"": None}
+    for state in (found.before, found.after):
+        for node in state.nodes:
+            parts = node.path.split(".")
+            known.update(dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts))))
+    if path not in known:
+        where = shown(path, 60)
+        raise ConfigError(
+            f"--only {where}: neither graph has a module there: {names_near(path, known)}"
+        )
 
 
 DIFF: Final = Verb(

@@ -135,6 +135,15 @@ def tears() -> Iterator[Tensor]:
     raise KeyError("the disk is gone")
 
 
+def train(model: nn.Module) -> None:
+    """Trains a little."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for x in loader():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 def feeds_badly(model: nn.Module) -> None:
     """Fails while it runs the model."""
     raise OSError("no network")

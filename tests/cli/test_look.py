@@ -52,7 +52,10 @@ def test_diff_of_one_model(fx: Command, tmp_path: Path) -> None:
     assert done.code == 0
     assert "> fused" in done.out or "~ replaced" in done.out
     assert fx("diff", Q, "--exit-code").code == 1
-    assert fx("diff", Q, "--exit-code", "--only", "nowhere").code == 0
+    assert fx("diff", Q, "--exit-code", "--only", "0").code == 1
+    done = fx("diff", Q, "--only", "nowhere")
+    assert (done.code, done.out) == (2, "")
+    assert "--only nowhere: neither graph has a module there: there are, for example" in done.err
     path = tmp_path / "diff.md"
     done = fx("diff", Q, "--markdown", "-o", path)
     assert done.out.startswith("- **")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from tests.cli.command import Command, M
 
 BASE = ("quantize", f"{M}:build", "--backend", "reference")
 DATA = ("--calibration", f"{M}:loader")
+QAT = ("--calibration", f"{M}:loader", "--mode", "qat", "--train")
 
 
 def test_stdout_holds_the_result_and_nothing_else(fx: Command) -> None:
@@ -43,6 +45,7 @@ def test_json_has_the_documented_shape(fx: Command) -> None:
         "max_batches": None,
         "min_coverage": None,
         "strict": False,
+        "train": None,
     }
     runs = {op["path"]: op["runs"] for op in done.data["report"]["ops"]}
     assert runs == {"0": "int8", "2": "float"}
@@ -78,6 +81,20 @@ def test_labels_are_refused_and_a_transform_helps(fx: Command) -> None:
     assert (done.code, done.out) == (4, "")
     assert "batch has 2 items, model takes 1" in done.err
     assert fx(*data, "--transform", f"{M}:first").code == 0
+
+
+def test_training_of_the_user(fx: Command, tmp_path: Path) -> None:
+    path = tmp_path / "trained.pt"
+    done = fx(*BASE, *QAT, f"{M}:train", "-o", path)
+    assert done.code == 0
+    assert "mode qat" in done.out and done.out.startswith("int8: 2 of 2 ops")
+    assert fx("report", path, "--trust-pickle").code == 0
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'mode = "qat"\ntrain = "{M}:train"\n')
+    # Without calibration, training finds the ranges; it needs to know what the inputs are like.
+    example = ("--example-inputs", f"{M}:loader")
+    assert fx(*BASE, *example, "-c", settings, "--json").data["settings"]["train"] == f"{M}:train"
+    assert fx(*BASE, *QAT, f"{M}:train", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize("spec", [f"{M}:Holder.made", f"{M}:Pair"])
@@ -124,6 +141,16 @@ def test_modules_of_the_current_directory(
         ((f"{M}:build", *DATA, "--override", "torch.nn:Lineer=float"), 2, "did you mean 'Linear'?"),
         ((f"{M}:build", "--transform", f"{M}:first"), 2, "--calibration"),
         ((f"{M}:build", *DATA, "--report", "x.pdf"), 2, "cannot write a report"),
+        ((f"{M}:build", *DATA, "--train", f"{M}:train"), 2, "--train is for --mode qat"),
+        ((f"{M}:build", *DATA, "--mode", "qat"), 2, "pass --train package.module:function"),
+        ((f"{M}:build", *QAT, f"{M}:LENGTH"), 2, "is a int: name a function"),
+        ((f"{M}:build", *QAT, f"{M}:trian"), 2, "did you mean 'train'?"),
+        ((f"{M}:build", *QAT, f"{M}:feeds_badly"), 4, "could not train the model by"),
+        (
+            (f"{M}:build", "--mode", "dynamic", "--qconfig", "x86"),
+            4,
+            "this qconfig asks for ranges",
+        ),
         ((f"{M}:build", *DATA, "--override", "0=float", "--override", "2=float"), 5, "nothing"),
         ((f"{M}:build", *DATA, "--override", "0=float", "--min-coverage", "1"), 5, "33%"),
     ],
@@ -135,6 +162,36 @@ def test_failures_have_their_codes(
     assert (done.code, done.out) == (code, "")
     assert said in done.err
     assert "error: " in done.err
+
+
+BROKEN = {
+    "def build(:": "SyntaxError",
+    "import nothing_of_that_name": "No module named 'nothing_of_that_name'",
+    "1 / 0": "ZeroDivisionError",
+    "def build():\n    return build()": "RecursionError",
+    "def build():\n    return None": "is a NoneType",
+    "def build(size): ...": "missing 1 required positional argument",
+    "def build():\n    raise ValueError('\\x1b[31m\\u202e' + 9000 * 'n')": r"\x1b[31m\u202e",
+    "def __getattr__(name):\n    raise OSError('no ' + name)": "OSError: no build",
+    "class Odd(BaseException): ...\ndef build():\n    raise Odd('so')": "Odd: so",
+    "\0": "null bytes",
+}
+"""What may stand in a module of the user's, and what is said of it."""
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_modules_of_the_user(
+    text: str, fx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_one.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for words in (("quantize", "broken_one:build"), ("report", "broken_one:build")):
+        monkeypatch.delitem(sys.modules, "broken_one", raising=False)
+        importlib.invalidate_caches()
+        done = fx(*words)
+        assert (done.code, done.out) == (3, "")
+        assert BROKEN[text] in done.err and "\x1b" not in done.err and "\u202e" not in done.err
+        assert len(done.err) < 6000
 
 
 def test_a_file_is_written_and_read_back(fx: Command, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_all_settings(tmp_path: Path) -> None:
     )
 
 
-def test_modes_are_those_of_quantize_that_need_no_training() -> None:
-    assert set(MODES) == set(api._MODES) - {"qat"}
+def test_modes_are_those_of_quantize() -> None:
+    assert set(MODES) == set(api._MODES)
 
 
 def test_selectors_are_imported() -> None:
