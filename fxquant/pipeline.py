@@ -85,7 +85,8 @@ def first_snapshot(module: GraphModule, seconds: float) -> Snapshot:
 def _snapshot(step: Pass, editor: Editor, state: GraphState, seconds: float) -> Snapshot:
     places = {node.name: info(node).path for node in editor.graph.nodes} if editor.misses else {}
     near = tuple((rule, places.get(at, at), why) for rule, at, why in editor.misses)
-    return Snapshot(step.name, step.gives, tuple(editor.log), seconds, state, near)
+    log, fits = tuple(editor.log), tuple(editor.fits)
+    return Snapshot(step.name, step.gives, log, seconds, state, near, fits)
 
 
 def _state(editor: Editor, record: Record, known: Known) -> GraphState:

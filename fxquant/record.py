@@ -30,6 +30,7 @@ class Snapshot:
         seconds: how long it took, verification included.
         state: the graph after it; the graph before it is the previous snapshot's.
         near: nearest misses of its rules as ``(rule, path, reason)``.
+        fits: how many ops had fitted in each of them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Snapshot:
     seconds: float
     state: GraphState
     near: tuple[tuple[str, str, str], ...] = ()
+    fits: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
         # Immutable all the way down; copies of a model share its history.

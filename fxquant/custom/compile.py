@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.custom.conditions import is_constant, is_number, is_one_of, is_tensor, joins
 from fxquant.custom.parameters import Parameter
 from fxquant.custom.trace import Stand
 from fxquant.errors import PatternError
 from fxquant.graph.info import info
-from fxquant.graph.op_table import OPS, argument, module_of, op_named, op_of
+from fxquant.graph.op_table import argument, module_of, op_named, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.view import flat_nodes, what
 from fxquant.patterns.custom_units import NOT_IN_A_UNIT, Names
 from fxquant.patterns.expr import Const, Expr, OpExpr, Var
 from fxquant.patterns.norm import CONVS, LINEAR, TRANSPOSED
-
-_STANDARD = {cls for op in OPS for cls in op.modules}
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _Compiler:
         parts = node.args[0]
         if not isinstance(parts, tuple | list):
             raise self.error(f"{found.name} of something that is no list of tensors", node)
-        return tuple(self.expr(part) for part in parts), _joins(len(parts))
+        return tuple(self.expr(part) for part in parts), joins(len(parts))
 
     def _option(self, value: Any) -> Any:
         if not isinstance(value, Node):
@@ -125,8 +124,8 @@ class _Compiler:
         raise self.error("an option that is computed: only a parameter can stand for one", value)
 
     def _input(self, parameter: Parameter) -> Var:
-        checks = {"number": _is_number, "constant": _is_constant}
-        return Var(parameter.name, checks.get(parameter.kind, _is_tensor))
+        checks = {"number": is_number, "constant": is_constant}
+        return Var(parameter.name, checks.get(parameter.kind, is_tensor))
 
     def _stand(self, node: Node) -> Expr:
         stand = module_of(node)
@@ -145,7 +144,7 @@ class _Compiler:
             self._check_stand(op_named(name), parameter, node)
         optional = parameter.optional or bool(gone) or ops == ("dropout",)
         made = OpExpr(
-            ops, given, parameter.name, (), _is_one_of(parameter.classes, parameter.functions),
+            ops, given, parameter.name, (), is_one_of(parameter.classes, parameter.functions),
             optional=optional, shared=True, ordered=self.ordered,
         )  # fmt: skip
         return made if self.whole else self._with_norm(made, node)
@@ -169,57 +168,6 @@ class _Compiler:
         why = NOT_IN_A_UNIT.get(found.kind)
         if why is not None and (not self.whole or found.kind is Kind.SHAPE):
             raise self.error(f"{found.name}, which cannot be inside a unit: {why}", node)
-
-
-def _joins(count: int) -> Callable[[Node], str | None]:
-    def check(node: Node) -> str | None:
-        given = node.args[0]
-        found = len(given) if isinstance(given, tuple | list) else 0
-        return None if found == count else f"%{node.name} joins {found} tensors, not {count}"
-
-    return check
-
-
-def _is_tensor(value: Any) -> str | None:
-    if isinstance(value, Node) and info(value).value not in ("scalar", "sizes"):
-        return None
-    return "would be a number, not a tensor"
-
-
-def _is_number(value: Any) -> str | None:
-    return None if isinstance(value, int | float) else "would not be a constant number"
-
-
-def _is_constant(value: Any) -> str | None:
-    if isinstance(value, Node) and value.op == "get_attr":
-        return None
-    return "would not be a parameter or buffer of the model"
-
-
-def _is_one_of(
-    classes: tuple[type[nn.Module], ...], functions: tuple[str, ...]
-) -> Callable[[Node], str | None] | None:
-    """Ops such as ``batch_norm`` are spelled by several classes, and it may matter by which."""
-    if not classes:
-        return None
-
-    def check(node: Node) -> str | None:
-        if node.op != "call_module" or (op_of(node) is not None and what(node) in functions):
-            return None
-        module = module_of(node)
-        named = [
-            c for c in type(module).__mro__ if c in _STANDARD and c.__module__.startswith("torch.")
-        ]
-        if (
-            not named
-            or isinstance(module, classes)
-            or any(issubclass(c, named[0]) for c in classes)
-        ):
-            return None
-        wanted = " or ".join(cls.__name__ for cls in classes)
-        return f"`{info(node).path or node.name}` is a {named[0].__name__}, not a {wanted}"
-
-    return check
 
 
 def compile_graph(

@@ -109,6 +109,7 @@ class Editor:
         self.graph = module.graph
         self.log: list[Edit] = []
         self.misses: list[tuple[str, str, str]] = []
+        self.fits: list[int] = []
         self._draft: _Draft | None = None
         self._fresh: dict[str, int] = {}
 
@@ -124,9 +125,17 @@ class Editor:
         finally:
             self._draft = outer
 
-    def miss(self, rule: str, place: str, reason: str) -> None:
-        """Remember that ``rule`` nearly fitted at the node called ``place``."""
+    def miss(self, rule: str, place: str, reason: str, matched: int = 2) -> None:
+        """Remember that ``rule`` nearly fitted at the node called ``place``.
+
+        Args:
+            rule: its name.
+            place: the name of a node.
+            reason: what stood in the way.
+            matched: how far it got, in ops; the first one alone is hardly a near miss.
+        """
         self.misses.append((rule, place, reason))
+        self.fits.append(matched)
 
     @property
     def _open(self) -> _Draft:

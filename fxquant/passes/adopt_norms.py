@@ -25,6 +25,6 @@ class AdoptNorms(Pass):
         report = RuleSet(WRITTEN_NORMS).apply(editor)
         for (rule, node), reject in report.near.items():
             if reject.matched > 2:  # any product begins like one of these
-                editor.miss(rule, node, reject.reason)
+                editor.miss(rule, node, reject.reason, reject.matched)
         with editor.rule("drop-dead"):
             editor.clean()

@@ -11,7 +11,7 @@ from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 from fxquant.patterns.builtin import FUSION_RULES
 from fxquant.patterns.overlap import apply_by_priority
-from fxquant.patterns.rule import Rule, RuleSet
+from fxquant.patterns.rule import Rule, RuleReport, RuleSet
 from fxquant.patterns.unary import WRITTEN_OUT
 
 
@@ -35,13 +35,14 @@ class Fuse(Pass):
         record_ranks(editor.graph, dict(self.ranks))
         RuleSet(self.rules)  # no two rules of one name, whenever they run
         early = [rule for rule in self.rules if rule.early]
-        reports = []
+        reports: list[tuple[RuleReport, int]] = []
         if early:
             RuleSet(WRITTEN_OUT).apply(editor)
-            reports.append(apply_by_priority(early, editor))
-        reports.append(RuleSet(rule for rule in self.rules if not rule.early).apply(editor))
-        for report in reports:
+            # Whoever writes a pattern wants to know where as much as its last op was found.
+            reports.append((apply_by_priority(early, editor), 1))
+        reports.append((RuleSet(rule for rule in self.rules if not rule.early).apply(editor), 0))
+        for report, more in reports:
             for (rule, node), reject in report.near.items():
-                editor.miss(rule, node, reject.reason)
+                editor.miss(rule, node, reject.reason, reject.matched + more)
         with editor.rule("drop-dead"):
             editor.clean()

@@ -38,7 +38,8 @@ class Lower(Pass):
             for (rule, node), reject in report.near.items():
                 # That a quantize is not some other op's quantize is no news.
                 if reject.matched > 1:
-                    editor.miss(rule, node, reject.reason)
+                    # The quantize around an op is ours: with that alone nothing of it fitted.
+                    editor.miss(rule, node, reject.reason, reject.matched - 1)
         for node in [n for n in editor.graph.nodes if n.op == "call_module"]:
             make = self.modules.get(type(module_of(node)))
             if make is not None:

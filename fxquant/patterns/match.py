@@ -150,7 +150,14 @@ def _expr(
     elif expr.optional:
         yield from _expr(expr.args[0], value, state, misses, reader)
     else:
-        misses.add(Reject(why, _node(value), len(state.nodes)))
+        # The right op with something in the way is nearer than another op.
+        right = reader is not None and _name(value) in expr.ops
+        misses.add(Reject(why, _node(value), len(state.nodes) + right))
+
+
+def _name(value: Any) -> str:
+    op = op_of(value) if isinstance(value, Node) else None
+    return op.name if op is not None else ""
 
 
 def _node(value: Any) -> Node | None:

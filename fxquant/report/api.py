@@ -17,7 +17,8 @@ from fxquant.passes.configure import Selector
 from fxquant.record import Snapshot, record_of
 from fxquant.report.compare import Comparison, compare_models
 from fxquant.report.diff import ModelDiff, diff_models, measured_noise
-from fxquant.report.explain import Explainer, Explanation
+from fxquant.report.explain import Explainer
+from fxquant.report.explained import Explanation
 from fxquant.report.history import History
 from fxquant.report.metered import Feed
 from fxquant.report.report import Report

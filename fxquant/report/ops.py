@@ -224,6 +224,12 @@ def mac_coverage(ops: tuple[OpRecord, ...]) -> float:
     return sum(op.macs or 0 for op in ops if runs_in(op) == "int8") / total if total else 1.0
 
 
+def weight_coverage(ops: tuple[OpRecord, ...]) -> float:
+    """The share of weight elements that are integers, 0 to 1; 1 without weights."""
+    total = sum(op.weights for op in ops)
+    return sum(op.weights for op in ops if op.int8) / total if total else 1.0
+
+
 def with_kernels(ops: tuple[OpRecord, ...], graph: Graph, backend: str) -> tuple[OpRecord, ...]:
     """The records with what finally runs each op.
 

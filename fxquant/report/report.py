@@ -10,11 +10,12 @@ import torch
 from fxquant.graph.info import QType
 from fxquant.graph.text import shown
 from fxquant.record import OpRecord, Record, Timing
+from fxquant.report.cards import cards, fed
 from fxquant.report.compare import Comparison
 from fxquant.report.html.fragment import fragment
 from fxquant.report.html.page import saved
-from fxquant.report.html.report_page import Card, Table, report_page
-from fxquant.report.ops import coverage, mac_coverage, runs_in
+from fxquant.report.html.report_page import Table, report_page
+from fxquant.report.ops import coverage, mac_coverage, runs_in, weight_coverage
 from fxquant.report.tables import table
 
 _COLUMNS: Final = (
@@ -71,8 +72,7 @@ class Report:
     @property
     def weight_coverage(self) -> float:
         """The share of weight elements that are integers, 0 to 1; 1 without weights."""
-        total = sum(op.weights for op in self.ops)
-        return sum(op.weights for op in self.ops if op.int8) / total if total else 1.0
+        return weight_coverage(self.ops)
 
     @property
     def mac_coverage(self) -> float:
@@ -188,31 +188,9 @@ class Report:
         if comparison is not None:
             tables.insert(0, ("Where the error comes from", comparison.summary, *comparison.cells))
         page = report_page(
-            title, _made_by(record), self._cards(), tables, record.observers, self.summary
+            title, _made_by(record), cards(record), tables, record.observers, self.summary
         )
         return saved(page, path)
-
-    def _cards(self) -> list[Card]:
-        record = self._record
-        cards: list[Card] = [
-            ("ops converted", f"{self.coverage:.0%}", self.coverage, f"{len(self.ops)} ops")
-        ]
-        if any(op.int8 for op in self.ops):
-            work = f"{_short(sum(op.macs or 0 for op in self.ops))}MACs"
-            stored = f"{_short(sum(op.weights for op in self.ops))}elements"
-            in_codes = self.mac_coverage, self.weight_coverage
-            if in_codes[0]:
-                cards.append(("work in int8", f"{in_codes[0]:.1%}", in_codes[0], work))
-            cards.append(("weights as integers", f"{in_codes[1]:.1%}", in_codes[1], stored))
-        if record.bytes_before:
-            sizes = f"{_short(record.bytes_before)}B to {_short(record.bytes_after)}B"
-            cards.append(("size", f"{self.ratio:.1%}", min(self.ratio, 1.0), sizes))
-        if record.timing is not None and record.timing.float_ms:
-            timing = record.timing
-            times = f"{timing.float_ms:.3f} ms to {timing.quantized_ms:.3f} ms, {_fed(record)}"
-            ratio = timing.quantized_ms / timing.float_ms
-            cards.append(("time", f"{ratio:.2f}x", None, times))
-        return cards
 
     def _repr_html_(self) -> str:
         return fragment(_COLUMNS, [_cells(op) for op in self.ops], self.summary, _NUMBERS)
@@ -225,15 +203,6 @@ class Report:
         """How many ops run in each way that is not float; int8 in any case."""
         counts = [(kind, sum(runs_in(op) == kind for op in self.ops)) for kind in _RUNS]
         return [(kind, n) for kind, n in counts if n] or [("int8", 0)]
-
-
-def _short(number: int) -> str:
-    """A number in three or four digits, with the letter of its thousands."""
-    value, letters = float(number), ["", "k", "M", "G", "T"]
-    while value >= 1000 and len(letters) > 1:
-        value /= 1000
-        letters.pop(0)
-    return f"{value:.4g} {letters[0]}" if letters[0] else f"{number} "
 
 
 def _made_by(record: Record) -> str:
@@ -257,15 +226,10 @@ def _parts(record: Record) -> list[str]:
     return lines
 
 
-def _fed(record: Record) -> str:
-    """What both models were timed on."""
-    return "the example" if record.mode == "dynamic" else "batch 1"
-
-
 def _speed(record: Record, timing: Timing) -> str:
     real, codes = timing.float_ms, timing.quantized_ms
     ratio = f" ({codes / real:.2f}x)" if real else ""
-    return f"one forward of {_fed(record)}: {real:.3f} ms in float, {codes:.3f} ms converted{ratio}"
+    return f"one forward of {fed(record)}: {real:.3f} ms in float, {codes:.3f} ms converted{ratio}"
 
 
 def _paths(paths: tuple[str, ...]) -> str:

@@ -96,7 +96,7 @@ def test_selectors(quantized: nn.Module) -> None:
     ("selector", "why"),
     [
         ("haed", r"'haed' names nothing in this model: the nearest names are \['head'"),
-        ("nothing.like.it", "it has, for example"),
+        ("nothing.like.it", "there are, for example"),
         (nn.Conv3d, "Conv3d names nothing"),
         (torch.cumsum, "names nothing"),
         ("re:(", "no regular expression"),

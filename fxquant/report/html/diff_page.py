@@ -167,8 +167,11 @@ def _dtype(nodes: Sequence[NodeState]) -> tuple[str, str] | None:
     if typed is not None:
         name = str(typed.dtype).removeprefix("torch.")
         return _TYPES.get(name, ("other", name[:3]))
-    decided = next((n.int8 for n in reversed(nodes) if n.int8 is not None), None)
-    return None if decided is None else ("int8", "i8") if decided else ("float", "f32")
+    # What a kernel makes has a type where it is codes; of the kinds of float no node tells.
+    decided = next((n for n in reversed(nodes) if n.int8 is not None), None)
+    if decided is None:
+        return None
+    return ("int8", "i8") if decided.int8 and decided.reads is None else ("float", "f")
 
 
 def _bar(value: float) -> dict[str, Any]:
