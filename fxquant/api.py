@@ -21,6 +21,7 @@ from fxquant.arguments import (
     check_mode,
     check_model,
     check_share,
+    no_ranges,
     resolve_overrides,
     split_example,
     tensor_example,
@@ -30,7 +31,6 @@ from fxquant.building import Wishes, build, lower
 from fxquant.collector import collector_paused
 from fxquant.custom.collect import Patterns, rules_of
 from fxquant.errors import (
-    CalibrationError,
     ConfigError,
     FxQuantWarning,
     warn_user,
@@ -191,7 +191,7 @@ def _prepare_and_calibrate(
             progress=feed.progress,
         )
     elif watched:
-        raise _no_ranges(wishes, watched)
+        raise no_ranges(wishes.qconfig, wishes.mode, watched[0])
     elif feed.data is not None:
         warn_user(
             f"mode {wishes.mode!r} needs no calibration data: what was passed is used as an "
@@ -201,20 +201,6 @@ def _prepare_and_calibrate(
     if not watched and (args or kwargs):
         _see_shapes(prepared, args, kwargs)
     return prepared
-
-
-def _no_ranges(wishes: Wishes, watched: list[str]) -> CalibrationError:
-    """The error for ops that need ranges, in a mode that finds none."""
-    asked = f"asks for ranges known beforehand, of {watched[0] or 'the input'} for one, and mode"
-    if wishes.qconfig.scheme == "static":
-        return CalibrationError(
-            f"this qconfig {asked} {wishes.mode!r} brings none: leave qconfig out for the one that "
-            "goes with the mode, or pass mode='static' and calibration data"
-        )
-    return CalibrationError(
-        f"an override {asked} {wishes.mode!r} brings none: pass calibration data as the second "
-        "argument"
-    )
 
 
 def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

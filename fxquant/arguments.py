@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ConfigError
+from fxquant.errors import CalibrationError, ConfigError
 from fxquant.graph.settle import computes_a_weight
 from fxquant.numerics.finite import all_finite
 from fxquant.passes.configure import Selector
@@ -208,3 +208,22 @@ def tensor_example(example: Examples | None) -> tuple[Any, ...] | None:
     """Example inputs as one tuple, or ``None`` where there are none."""
     args, kwargs = split_example(example)
     return (*args, *kwargs.values()) or None
+
+
+def no_ranges(qconfig: QConfig, mode: str, place: str) -> CalibrationError:
+    """The error for ops that need ranges, in a mode that finds none.
+
+    Args:
+        qconfig: the default configuration.
+        mode: the mode.
+        place: where a range is needed.
+    """
+    asked = f"asks for ranges known beforehand, of {place or 'the input'} for one, and mode"
+    if qconfig.scheme == "static":
+        return CalibrationError(
+            f"this qconfig {asked} {mode!r} brings none: leave qconfig out for the one that goes "
+            "with the mode, or pass mode='static' and calibration data"
+        )
+    return CalibrationError(
+        f"an override {asked} {mode!r} brings none: pass calibration data as the second argument"
+    )
