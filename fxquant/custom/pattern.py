@@ -58,7 +58,8 @@ class Pattern:
         qat: makes the module that is trained in the place of the unit: a class or function that is
             given those of the pattern's modules that it names, and whose result is called with the
             pattern's tensors. Layers come as copies that share their parameters and round their
-            weights; what is deployed is the unit, with the parameters that were trained.
+            weights, those with a batch norm that the pattern does not name as ``nn.Sequential`` of
+            both; what is deployed is the unit, with the parameters that were trained.
         kernel: an int8 implementation: called with the pattern's parameters, tensors as
             :class:`~fxquant.custom.kernels.Codes` and layers as
             :class:`~fxquant.custom.kernels.IntegerLayer`, and with ``output``, the type of the

@@ -21,7 +21,7 @@ from fxquant.errors import PatternError
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import wanted_int8
 from fxquant.graph.info import CustomUnit, info
-from fxquant.graph.op_table import argument, module_of, op_of
+from fxquant.graph.op_table import argument, is_op, module_of, op_of
 from fxquant.graph.trained_layers import rounding_copy
 from fxquant.graph.trained_units import CalledOp, TrainedUnit, given_to
 from fxquant.graph.verify import Stage
@@ -136,15 +136,25 @@ def _roles(unit: Unit, weights: dict[Node, list[Node]]) -> dict[str, nn.Module]:
             continue
         fake = next((n for n in weights[node] if n is node.kwargs.get("weight")), None)
         if fake is not None:
-            found[part.role] = _rounding(node, fake)
+            found[part.role] = _with_norm(node, _rounding(node, fake))
         elif node.op == "call_module":
-            found[part.role] = module_of(node)
+            found[part.role] = _with_norm(node, module_of(node))
         else:
             op = op_of(node)
             names = op.options if op is not None else ()
             options = {name: argument(node, name) for name in names}
             found[part.role] = CalledOp(node.target, options)  # type: ignore[arg-type]  # a function
     return found
+
+
+def _with_norm(node: Node, layer: nn.Module) -> nn.Module:
+    """A layer with the batch norm that the pattern takes for a part of it, if there is one."""
+    for user in node.users:
+        part = info(user).part
+        ours = info(user).unit == info(node).unit and part is not None and not part.role
+        if ours and is_op(user, "batch_norm"):
+            return nn.Sequential(layer, module_of(user))
+    return layer
 
 
 def _rounding(node: Node, fake: Node) -> nn.Module:

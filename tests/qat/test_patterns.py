@@ -114,6 +114,28 @@ def test_it_computes_what_the_unit_would_without_a_module_of_its_own() -> None:
         torch.testing.assert_close(one.eval()(x), other.eval()(x), rtol=0, atol=1e-5)
 
 
+def test_a_layer_comes_with_the_norm_that_the_pattern_does_not_name() -> None:
+    def swish(x: Any, conv: nn.Conv2d) -> Any:
+        y = conv(x)
+        return y * torch.sigmoid(y)
+
+    class Swish(nn.Module):
+        def __init__(self, conv: nn.Module) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            return y * torch.sigmoid(y)
+
+    made = prepared(net(), fxquant.Pattern(swish, qat=Swish))
+    found = [m for m in made.modules() if isinstance(m, Swish)]
+    assert len(found) == 2 and all(isinstance(m.conv, nn.Sequential) for m in found)
+    trained(made, pictures)
+    assert int(made.bn.num_batches_tracked) == 3
+    assert fxquant.verify(made, fxquant.convert(made, backend="reference"), [pictures(5)]).ok
+
+
 def test_inside_a_unit_nothing_else_is_rounded() -> None:
     made = prepared(net(), fxquant.Pattern(block, name="block"))
     plain = prepared(net())
