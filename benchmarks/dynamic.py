@@ -1,7 +1,7 @@
-"""BERT-base by dynamic quantization: float, torch's own, and ours, in processes of their own.
+"""BERT-base: float, torch's dynamic quantization, ours, and ours in static int8 with bfloat16.
 
-Interleaved rounds: what slows the whole machine for a while cancels out in the ratios. Then the
-peak memory of quantizing linears of 400 MB.
+Each in a process of its own, in interleaved rounds: what slows the whole machine for a while
+cancels out in the ratios. Then the peak memory of quantizing linears of 400 MB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common import finish, machine, parser, ratios, say, show, spread
 from benchmarks.latency import Worker, start_worker, take_turns
 
-CONTENDERS = ("float", "torch:fbgemm", "torch:onednn", "fxquant:x86")
+CONTENDERS = ("float", "torch:fbgemm", "torch:onednn", "fxquant:dynamic", "fxquant:int8-bf16")
 
 
 def start(name: str, args: Any) -> Worker | None:

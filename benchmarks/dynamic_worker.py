@@ -16,6 +16,9 @@ from benchmarks.latency_worker import sqnr, timed
 from benchmarks.peers import dynamic_linears
 from fxquant.report.checks import size_in_bytes
 
+WORDS = 30000
+"""Ids are drawn below this; the vocabulary of BERT has 522 more."""
+
 
 class Bert(nn.Module):
     """The last hidden states of a BERT with random weights."""
@@ -33,13 +36,16 @@ class Bert(nn.Module):
 
 
 def contender(name: str, model: nn.Module, ids: Tensor) -> nn.Module:
-    """``float``, ``torch:ENGINE``, or ``fxquant:BACKEND``."""
+    """``float``, ``torch:ENGINE``, ``fxquant:dynamic``, or ``fxquant:int8-bf16`` (static)."""
     kind, _, variant = name.partition(":")
     if kind == "float":
         return model
     if kind == "torch":
         return dynamic_linears(model, variant)
-    return fxquant.quantize(model, mode="dynamic", backend=variant, example_inputs=(ids,))
+    if variant == "dynamic":
+        return fxquant.quantize(model, mode="dynamic", backend="x86", example_inputs=(ids,))
+    data = [torch.randint(0, WORDS, tuple(ids.shape)) for _ in range(4)]
+    return fxquant.quantize(model, data, qconfig=variant, backend="x86")
 
 
 def _peak() -> int:
@@ -75,7 +81,7 @@ def main() -> None:
         print(json.dumps(memory()), flush=True)
         return
     original = Bert(args.layers).eval()
-    ids = torch.randint(0, 30000, (args.batch, args.tokens))
+    ids = torch.randint(0, WORDS, (args.batch, args.tokens))
     model = contender(args.contender, original, ids)
     with torch.inference_mode():
         print(json.dumps({"sqnr": sqnr(original(ids), model(ids))}), flush=True)
