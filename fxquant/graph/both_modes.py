@@ -21,6 +21,7 @@ from fxquant.errors import TraceError
 from fxquant.graph.capture import SYMBOLIC, Captured, capture
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, module_op
+from fxquant.graph.random_drops import RandomDrop, take_out, with_stand_ins
 from fxquant.graph.settle import computes_a_weight
 
 _DROPOUTS: Final[Mapping[Any, type[nn.Module]]] = {
@@ -84,6 +85,7 @@ def capture_both(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             computed by a parametrization.
     """
     _refuse_parametrizations(model)
+    model, drops = with_stand_ins(model)
     train = capture(model, args, kwargs, train=True)
     if train.rung != SYMBOLIC:
         raise TraceError(
@@ -91,7 +93,10 @@ def capture_both(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "be traced out of the model, or prepare the submodules that can on their own"
         )
     evaluated = capture(model, args, kwargs, evaluate=True)
-    return Trainable(train, _compare(train.module, evaluated.module))
+    droppers = _compare(train.module, evaluated.module)
+    if train.root is not None:
+        take_out(train.root, drops)
+    return Trainable(train, droppers)
 
 
 def _refuse_parametrizations(model: nn.Module) -> None:
@@ -115,7 +120,9 @@ def _compare(train: fx.GraphModule, evaluated: fx.GraphModule) -> dict[str, tupl
         if a.op == "call_module":
             op = module_op(module_of(a))
             if op is not None and op.name == "dropout":
-                droppers[a.name] = (str(a.target), module_of(a))
+                dropper = module_of(a)
+                own = "" if isinstance(dropper, RandomDrop) else str(a.target)
+                droppers[a.name] = (own, dropper)
         if _constants(a) != _constants(b):
             droppers[a.name] = ("", _dropper(a, b))
     if len(mine) != len(theirs):

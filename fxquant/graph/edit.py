@@ -374,7 +374,8 @@ def _stands(module: nn.Module, path: str) -> bool:
     owner: Any = module
     for part in path.split("."):
         if not hasattr(owner, part):
-            return False
+            # Owners yet to be made will have the methods of every module, such as "to".
+            return hasattr(nn.Module, path.rpartition(".")[2])
         owner = getattr(owner, part)
     return True
 

@@ -12,6 +12,7 @@ from torch import nn
 from fxquant.graph.chain import UnaryChain
 from fxquant.graph.functions import power_of
 from fxquant.graph.ops import Kind
+from fxquant.graph.random_drops import RandomDrop
 from fxquant.graph.table_entry import entry, plain, sig, spellings
 
 _REAL_FUNCTIONS: Final = (
@@ -156,7 +157,7 @@ _FLOAT: Final = (
             lambda input, p=0.5, training=True, inplace=False: None,
         )
         | spellings((torch.dropout,), lambda input, p, training: None),
-        modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+        modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, RandomDrop),
     ),
 )
 

@@ -28,6 +28,7 @@ from fxquant.graph.proxies import (
     is_proxy,
     values_of,
 )
+from fxquant.graph.random_drops import RandomDrop
 from fxquant.graph.signature import Arguments, Binding
 
 
@@ -73,7 +74,7 @@ class Tracer(Answers, fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch's own layers, and what could not be traced."""
-        if module_qualified_name in self._leaves:
+        if module_qualified_name in self._leaves or isinstance(m, RandomDrop):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -138,6 +138,10 @@ def test_modules_and_tensors_never_overwrite_each_other(module: GraphModule) -> 
     assert editor.add_module("0", nn.ReLU()) == "0_1"
     assert editor.add_module("0", nn.ReLU()) == "0_2"
     assert editor.add_module("new", nn.ReLU()) == "new"
+    # What every module has as an attribute is no name for one, in an owner yet to be made either.
+    assert editor.add_module("to", nn.ReLU()) == "to_1"
+    assert editor.add_module("later.to", nn.ReLU()) == "later.to_1"
+    assert editor.add_module("later.forward", nn.ReLU()) == "later.forward_1"
     assert editor.add_buffer("0.weight", torch.ones(1)) == "0.weight_1"
     assert editor.add_buffer("deep.down.scale", torch.ones(2)) == "deep.down.scale"
     assert torch.equal(module.get_buffer("deep.down.scale"), torch.ones(2))
