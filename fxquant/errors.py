@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import Final
 
-from fxquant.text import harmless
+from fxquant.text import readable
 
 _PACKAGE: Final = __name__.partition(".")[0]
 
@@ -19,11 +19,11 @@ class FxQuantError(Exception):
     """Base of every error that fxquant raises on purpose.
 
     Messages quote names of modules, files and selectors, which may hold anything: what would act
-    on a terminal shows as an escape.
+    on a terminal shows as an escape, and the middle of very long words is left out.
     """
 
     def __str__(self) -> str:
-        return harmless(super().__str__(), keep="\n")
+        return readable(super().__str__())
 
 
 class TraceError(FxQuantError, RuntimeError):
@@ -85,7 +85,7 @@ def warn_user(message: str, category: type[FxQuantWarning]) -> None:
     while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         level += 1
-    warnings.warn(harmless(message, keep="\n"), category, stacklevel=level)
+    warnings.warn(readable(message), category, stacklevel=level)
 
 
 def _is_own(module: str) -> bool:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Final
 
 _UNSAFE: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Controls, formats (right-to-left marks, zero-width), lone surrogates, separators of lines."""
 _NAMED: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+_LONG: Final = re.compile(r"\S{400,}")
+
+
+def readable(text: str) -> str:
+    """A message as it is shown: harmless, and names of any length in it cut in their middle."""
+    short = _LONG.sub(lambda found: f"{found[0][:120]}...{found[0][-120:]}", text)
+    return harmless(short, keep="\n")
 
 
 def harmless(text: str, keep: str = "") -> str:

@@ -37,6 +37,7 @@ from fxquant.errors import (
     PatternError,
     TraceError,
 )
+from fxquant.text import harmless
 
 _CODES: Final[tuple[tuple[type[FxQuantError], Exit], ...]] = (
     (ConfigError, Exit.USAGE),
@@ -107,7 +108,7 @@ def _answer(verb: Verb, arguments: argparse.Namespace) -> Answer:
 
 def _print(answer: Answer, arguments: argparse.Namespace) -> None:
     """The result, on stdout."""
-    text = answer.text
+    text = harmless(answer.text, keep="\n")  # it may quote names of files
     if arguments.json:
         text = json.dumps(answer.data, indent=2, allow_nan=False)
     elif answer.coloured is not None and may_colour(sys.stdout):

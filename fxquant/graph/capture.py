@@ -22,6 +22,7 @@ from fxquant.graph.attention_modules import open_modules, settle_activations
 from fxquant.graph.copies import deep_copy
 from fxquant.graph.export import export_graph
 from fxquant.graph.info import info
+from fxquant.graph.names import check_names
 from fxquant.graph.patches import patched
 from fxquant.graph.pieces import WHOLE, whole_graph
 from fxquant.graph.proxies import ValueDependentError
@@ -103,12 +104,13 @@ def capture(
 
     Raises:
         TraceError: the model cannot be traced, and there is no example, or ``strict``; the message
-            holds the user's line.
+            holds the user's line. Or a name in it cannot stand in code.
 
     Example:
         >>> capture(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).rung
         'torch.fx symbolic tracing'
     """
+    check_names(model)
     binding = bind_example(model, args, kwargs or {})
     mode = False if evaluate else (True if train else None)
     climb = _Climb(model, args, kwargs or {}, binding, mode)

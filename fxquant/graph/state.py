@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.graph.info import QType, info
 from fxquant.graph.view import what
+from fxquant.text import harmless
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class NodeState:
         if self.op == "output":
             return f"return {show_argument(self.args[0])}"
         if self.op in ("placeholder", "get_attr"):
-            return f"%{self.name} = {self.what}({self.target})"
-        where = f"[{self.target}]" if self.op == "call_module" else ""
+            return f"%{self.name} = {self.what}({harmless(self.target)})"
+        where = f"[{harmless(self.target)}]" if self.op == "call_module" else ""
         given = [show_argument(value) for value in self.args]
         given += [f"{name}={show_argument(value)}" for name, value in self.kwargs]
         tail = f"  # unit {self.unit}" if self.unit else ""

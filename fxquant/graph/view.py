@@ -13,6 +13,7 @@ from fxquant.graph.info import CustomUnit, info
 from fxquant.graph.op_table import module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.lazy import lazy_module
+from fxquant.text import harmless
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -193,8 +194,8 @@ def render_node(node: Node) -> str:
     if node.op == "placeholder":
         return f"%{node.name} = input({node.target})"
     if node.op == "get_attr":
-        return f"%{node.name} = attribute({node.target})"
-    where = f"[{node.target}]" if node.op == "call_module" else ""
+        return f"%{node.name} = attribute({harmless(str(node.target))})"
+    where = f"[{harmless(str(node.target))}]" if node.op == "call_module" else ""
     given = [_text(value) for value in node.args]
     given += [f"{name}={_text(value)}" for name, value in node.kwargs.items()]
     record = info(node)
