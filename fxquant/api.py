@@ -28,6 +28,8 @@ from fxquant.arguments import (
 )
 from fxquant.backends.base import Availability
 from fxquant.building import Wishes, build, lower
+from fxquant.calibration.data import USER_FAILURES
+from fxquant.calibration.example import refused_example
 from fxquant.collector import collector_paused
 from fxquant.custom.collect import Patterns, rules_of
 from fxquant.errors import (
@@ -206,7 +208,11 @@ def _prepare_and_calibrate(
 def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the example once, for the shapes that reports count work with, and keep it to time."""
     with torch.no_grad(), state_kept(prepared):
-        prepared(*args, **kwargs)
+        try:
+            # Not prepared(...): a GraphModule's own __call__ prints to stderr.
+            nn.Module.__call__(prepared, *args, **kwargs)
+        except USER_FAILURES as error:
+            raise refused_example(prepared, args, kwargs, error) from error
     record = record_of(prepared)
     if record.mode == "dynamic":
         # Copies: a model may write into what it is fed, and is fed it several times.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import CalibrationError, ConfigError
@@ -199,6 +200,8 @@ def split_example(example: Examples | None) -> tuple[tuple[Any, ...], dict[str, 
         return (), {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     if isinstance(example, Mapping):
         return (), dict(example)
+    if isinstance(example, PackedSequence):
+        return (example,), {}  # a tuple by name only
     if isinstance(example, tuple | list):
         return tuple(example), {}
     return (example,), {}

@@ -15,6 +15,7 @@ from fxquant.arguments import ranks
 from fxquant.backends.base import Backend
 from fxquant.building import Wishes, build
 from fxquant.calibration.data import USER_FAILURES
+from fxquant.calibration.example import refused_example
 from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
 from fxquant.graph.both_modes import capture_both
 from fxquant.graph.capture import copied
@@ -271,10 +272,7 @@ def _see_shapes(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
         try:
             _Shapes(module.eval(), garbage_collect_values=True).run(*inputs)
         except USER_FAILURES as error:
-            why = str(error).partition("While executing")[0].strip()
-            raise ConfigError(
-                f"the model fails on example_inputs: {type(error).__name__}: {why}"
-            ) from error
+            raise refused_example(module, args, kwargs, error) from error
         finally:
             for each, training in modes:
                 each.training = training

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxquant.errors import CalibrationError
 
@@ -71,6 +72,8 @@ def _takes(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 def describe(value: Any) -> str:
     """A value in a few words: ``tuple of 2 (float32[8, 3], int64[8])``."""
+    if isinstance(value, PackedSequence):
+        return f"PackedSequence of {describe(value.data)}"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, Mapping):
@@ -108,8 +111,8 @@ def moved(value: Any, device: torch.device | None) -> Any:
     """``value`` with its tensors on ``device``; the very object where they are there already."""
     if device is None or all(tensor.device == device for tensor in tensors(value)):
         return value
-    if isinstance(value, Tensor):
-        return value.to(device)
+    if isinstance(value, Tensor | PackedSequence):
+        return value.to(device)  # batch sizes stay on the CPU, where packed sequences want them
     if _is_record(value):
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
@@ -128,7 +131,7 @@ def spread(batch: Batch, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Mapping):
         kwargs = dict(batch)
-    elif isinstance(batch, (tuple, list)):
+    elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         args = tuple(batch)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         kwargs = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
