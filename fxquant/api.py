@@ -28,8 +28,7 @@ from fxquant.arguments import (
 )
 from fxquant.backends.base import Availability
 from fxquant.building import Wishes, build, lower
-from fxquant.calibration.data import USER_FAILURES
-from fxquant.calibration.example import refused_example
+from fxquant.calibration.example import run_example
 from fxquant.collector import collector_paused
 from fxquant.custom.collect import Patterns, rules_of
 from fxquant.errors import (
@@ -37,7 +36,6 @@ from fxquant.errors import (
     FxQuantWarning,
     warn_user,
 )
-from fxquant.graph.held_state import state_kept
 from fxquant.graph.settle import unwrapped
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.fake_quantizer import FakeQuantize
@@ -207,12 +205,7 @@ def _prepare_and_calibrate(
 
 def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the example once, for the shapes that reports count work with, and keep it to time."""
-    with torch.no_grad(), state_kept(prepared):
-        try:
-            # Not prepared(...): a GraphModule's own __call__ prints to stderr.
-            nn.Module.__call__(prepared, *args, **kwargs)
-        except USER_FAILURES as error:
-            raise refused_example(prepared, args, kwargs, error) from error
+    run_example(prepared, args, kwargs)
     record = record_of(prepared)
     if record.mode == "dynamic":
         # Copies: a model may write into what it is fed, and is fed it several times.

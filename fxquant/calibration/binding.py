@@ -111,8 +111,11 @@ def moved(value: Any, device: torch.device | None) -> Any:
     """``value`` with its tensors on ``device``; the very object where they are there already."""
     if device is None or all(tensor.device == device for tensor in tensors(value)):
         return value
-    if isinstance(value, Tensor | PackedSequence):
-        return value.to(device)  # batch sizes stay on the CPU, where packed sequences want them
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, PackedSequence):
+        # Their sizes stay on the CPU.
+        return value.to(device)  # type: ignore[arg-type]  # its hints know of dtypes only
     if _is_record(value):
         twin = copy.copy(value)
         for field in dataclasses.fields(value):

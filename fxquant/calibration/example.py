@@ -7,12 +7,34 @@ import re
 import traceback
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.calibration.binding import describe
+from fxquant.calibration.data import USER_FAILURES
 from fxquant.errors import ConfigError, FxQuantError
+from fxquant.graph.held_state import state_kept
 from fxquant.graph.info import info
+
+
+def run_example(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a captured model once, without gradients; what it keeps is put back.
+
+    Args:
+        module: the model.
+        args: what it is fed by position.
+        kwargs: what it is fed by name.
+
+    Raises:
+        ConfigError: it fails on that.
+    """
+    with torch.no_grad(), state_kept(module):
+        try:
+            # Not module(...): a GraphModule's own __call__ prints to stderr.
+            nn.Module.__call__(module, *args, **kwargs)
+        except USER_FAILURES as error:
+            raise refused_example(module, args, kwargs, error) from error
 
 
 def refused_example(

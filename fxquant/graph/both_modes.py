@@ -106,8 +106,9 @@ def _refuse_parametrizations(model: nn.Module) -> None:
             raise TraceError(
                 f"a weight of {path or type(model).__name__} is computed anew in every call, by a "
                 "parametrization such as weight_norm: call "
-                "torch.nn.utils.parametrize.remove_parametrizations before quantization-aware "
-                "training, which trains the weight itself"
+                "torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm, "
+                "remove_spectral_norm, prune.remove) before quantization-aware training, which "
+                "trains the weight itself"
             )
 
 

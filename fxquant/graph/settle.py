@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormStateDictHook
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-_COMPUTES_A_WEIGHT: Final = (WeightNorm, SpectralNorm)
+_COMPUTES_A_WEIGHT: Final = (WeightNorm, SpectralNorm, BasePruningMethod)
 _PARALLEL: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -52,23 +53,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def computes_a_weight(hook: object) -> bool:
-    """Whether a forward pre-hook belongs to ``nn.utils.weight_norm`` or ``spectral_norm``."""
+    """Whether a forward pre-hook belongs to ``weight_norm``, ``spectral_norm`` or pruning."""
     return isinstance(hook, _COMPUTES_A_WEIGHT)
 
 
 def _settle_hooks(module: nn.Module) -> None:
-    """The older ``nn.utils.weight_norm`` computes the weight in a forward pre-hook."""
+    """The older ``nn.utils.weight_norm``, and pruning, compute the weight in a forward pre-hook."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, _COMPUTES_A_WEIGHT):
-            with torch.no_grad():
-                hook(module, ())
-            value = getattr(module, hook.name)
+        if not isinstance(hook, _COMPUTES_A_WEIGHT):
+            continue
+        name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+        with torch.no_grad():
+            hook(module, ())
+        value = getattr(module, name)
+        if isinstance(hook, BasePruningMethod):
+            del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
+        else:
             hook.remove(module)
-            del module._forward_pre_hooks[key]
-            _put(module, hook.name, value)
-    for key, saver in list(module._state_dict_hooks.items()):
-        if isinstance(saver, SpectralNormStateDictHook):
-            del module._state_dict_hooks[key]
+        del module._forward_pre_hooks[key]
+        _put(module, name, value)
+    hooks: tuple[dict[int, Any], ...] = (
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+    )
+    for registry in hooks:
+        for key, hook in list(registry.items()):
+            # They look for the tensors that the weight was computed from.
+            if _home(hook).startswith("torch.nn.utils."):
+                del registry[key]
+
+
+def _home(hook: Any) -> str:
+    """The module that defines a hook; torch wraps functions that want the module too."""
+    inner = getattr(hook, "hook", hook)
+    return str(getattr(inner, "__module__", ""))
 
 
 def _settle_parametrizations(module: nn.Module) -> None:

@@ -56,8 +56,8 @@ def bind_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         except TypeError as error:
             raise TraceError(
                 f"the example inputs do not fit {type(model).__name__}.forward{signature}: "
-                f"{error}. Pass what one call takes: a tensor, a tuple of all arguments, or a dict of "
-                "arguments by name"
+                f"{error}. Pass what one call takes: a tensor, a tuple of all arguments, or a dict "
+                "of arguments by name"
             ) from error
     bound: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():

@@ -33,6 +33,10 @@ class Net(nn.Module):
         return y
 
 
+def _no_training(model: nn.Module) -> None:
+    """Nothing: it is not reached."""
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "shape": (torch.randn(3, 2, 7), r"float32\[3, 2, 7\], at second \(.*test_example_inputs\.py"),
     "dtype": (torch.zeros(3, 2, 8, dtype=torch.long), r"int64\[3, 2, 8\], at first"),
@@ -48,12 +52,10 @@ def test_what_the_model_fails_on_is_named(
     mode: Any, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example, said = WRONG[name]
-    train = {"train": lambda model: None} if mode == "qat" else {}
-    with pytest.raises(
-        ConfigError, match=rf"(?s)fails on its example inputs, {said}.*Pass one batch"
-    ):
+    train = _no_training if mode == "qat" else None
+    with pytest.raises(ConfigError, match=rf"(?s)fails on its example inputs, {said}.*Pass one"):
         fxquant.quantize(
-            Net().eval(), mode=mode, example_inputs=example, backend="reference", **train
+            Net().eval(), mode=mode, example_inputs=example, backend="reference", train=train
         )
     assert capsys.readouterr().err == ""
 
@@ -67,10 +69,10 @@ def test_data_that_is_an_example_only_is_named_too(mode: Any) -> None:
 @pytest.mark.parametrize("mode", [*WITHOUT_DATA, "qat", "static"])
 def test_what_forward_does_not_take_is_refused(mode: Any) -> None:
     x = torch.randn(3, 2, 8)
-    train = {"train": lambda model: None} if mode == "qat" else {}
+    train = _no_training if mode == "qat" else None
     for example in ((x, x), {"y": x}, {"x": x, "y": x}):
         with pytest.raises(TraceError, match=r"do not fit Net\.forward\(.*a dict of arguments"):
-            fxquant.quantize(Net().eval(), [x], mode=mode, example_inputs=example, **train)
+            fxquant.quantize(Net().eval(), [x], mode=mode, example_inputs=example, train=train)
 
 
 class Tagger(nn.Module):
@@ -103,9 +105,11 @@ def test_packed_sequences_are_one_argument(mode: Any, backend: str, ordered: boo
     model = Tagger().eval()
     example = packed(5, 3, 2, ordered=ordered)
     data = [packed(4, 4, 1, ordered=ordered), example] if mode == "static" else None
-    for given in ({"example_inputs": example}, {"example_inputs": (example,)}, {}):
-        calibration = data if given else [example]
-        made = fxquant.quantize(model, calibration, mode=mode, backend=backend, **given)
+    for given in (example, (example,), None):
+        calibration = [example] if given is None else data
+        made = fxquant.quantize(
+            model, calibration, mode=mode, backend=backend, example_inputs=given
+        )
         for lengths in ((5, 3, 2), (7, 1), (2, 6, 3) if not ordered else (6, 3, 2)):
             fed = packed(*lengths, ordered=ordered)
             with torch.no_grad():

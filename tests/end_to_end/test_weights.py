@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fxquant
 from fxquant.record import record_of
@@ -30,6 +32,9 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.c(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
         return y
+
+
+MODES: tuple[Any, ...] = ("static", "weight_only", "bfloat16")
 
 
 def normed(norm: Callable[..., nn.Module]) -> nn.Module:
@@ -73,10 +78,18 @@ def weights(model: nn.Module) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
+def pruned(layer: nn.Module) -> nn.Module:
+    """Twice, as iterative pruning does."""
+    prune.l1_unstructured(layer, "weight", amount=0.2)
+    prune.random_unstructured(layer, "weight", amount=0.3)
+    return layer
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "norm",
     [
+        pruned,
         nn.utils.weight_norm,
         nn.utils.spectral_norm,
         nn.utils.parametrizations.weight_norm,
@@ -98,6 +111,13 @@ def test_normed_weights_are_int8(norm: Callable[..., nn.Module], backend: str) -
     assert not [name for name in q.state_dict() if "weight_" in name and "scale" not in name]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    for mode in MODES:
+        made = fxquant.quantize(
+            model, [x] if mode == "static" else None, mode=mode, example_inputs=x, backend=backend
+        )
+        twin = pickle.loads(pickle.dumps(made))
+        twin.load_state_dict(made.state_dict())
+        assert torch.equal(twin(x), made(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

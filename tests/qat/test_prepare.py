@@ -341,7 +341,7 @@ def test_calibration_data_that_is_not_finite_is_refused() -> None:
 
 def test_an_example_that_the_model_fails_on_is_told() -> None:
     example = torch.full((2, 3), 50)
-    with pytest.raises(fxquant.errors.ConfigError, match="fails on its example inputs.*IndexError"):
+    with pytest.raises(fxquant.errors.ConfigError, match=r"its example inputs, .*IndexError"):
         fxquant.prepare(built("tied"), mode="qat", example_inputs=(example,))
 
 
