@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import QParamError
 from fxquant.numerics.affine import fake_quantize
+from fxquant.numerics.fake_quant import fake_quantize_trained
 from fxquant.numerics.fake_quantizer import AVERAGING, FakeQuantize
 from fxquant.numerics.fake_weights import FakeQuantizeWeight, Rounding, fold_factor
 from fxquant.numerics.observers import make_observer
@@ -94,6 +95,27 @@ def test_a_learned_step_starts_at_the_first_batch_and_then_is_left_to_training()
     assert fake.scale.grad is not None
     symmetric = FakeQuantize(QSpec("int8", symmetric=True, learned=True), "x")
     assert not isinstance(symmetric.zero_point, nn.Parameter)
+
+
+def test_the_gradient_of_a_learned_step_is_divided_by_its_size() -> None:
+    """By sqrt(N * quant_max), N being the values of one sample, or of one channel of a weight."""
+    fake = FakeQuantize(QSpec(bits=4, learned=True), "x")
+    x = torch.randn(8, 5, 3, generator=torch.Generator().manual_seed(0))
+    fed(fake, x)(2 * x).sum().backward()
+    scale, zero = (p.detach().clone().requires_grad_() for p in (fake.scale, fake.zero_point))
+    fake_quantize_trained(2 * x, scale, zero, 0, 15).sum().backward()
+    assert fake.scale.grad is not None and scale.grad is not None
+    torch.testing.assert_close(fake.scale.grad, scale.grad / math.sqrt(15 * 15))
+    spec = QSpec("int8", symmetric=True, granularity="channel", observer="minmax", learned=True)
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    other = FakeQuantizeWeight(spec, "fc", (4, 6), 0)
+    other(weight)
+    other(3 * weight).sum().backward()
+    scale = other.scale.detach().clone().requires_grad_()
+    step = scale.view(4, 1)
+    fake_quantize_trained(3 * weight, step, torch.zeros(4, 1), -127, 127).sum().backward()
+    assert other.scale.grad is not None and scale.grad is not None
+    torch.testing.assert_close(other.scale.grad, scale.grad / math.sqrt(6 * 127))
 
 
 def test_a_step_that_training_destroyed_is_named_when_it_is_read() -> None:
