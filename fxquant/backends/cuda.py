@@ -9,6 +9,8 @@ Everything else runs as the Q/DQ graph stands, in float on the same device.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,19 +20,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.backends.base import MEASURED, Costs
+from fxquant.backends.layer_parts import tensors_of, weight_of
 from fxquant.backends.x86_dynamic_rules import at_run_time, call_layer, spec_of
-from fxquant.backends.x86_layer_rules import tensors_of
 from fxquant.backends.x86_weight_only import WEIGHT_ONLY_RULES
 from fxquant.graph.edit import Editor
 from fxquant.numerics.dynamic import byte_rows
-from fxquant.patterns.match import Match
+from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.rule import Rule
 from fxquant.spec import QSpec
 
 _LEAST_ROWS: Final = 17
 """``torch._int_mm`` takes more than 16 rows on CUDA."""
 _MULTIPLE: Final = 8
-"""And sizes of the other two dimensions that are multiples of 8."""
+"""And sizes of the other two dimensions that are multiples of 8, none of them 0."""
+
+
+@functools.cache
+def product_fails(device: torch.device) -> str | None:
+    """Why ``torch._int_mm`` does not multiply on ``device``, in the layout that is used here.
+
+    The device is asked, not its version: which layouts cuBLAS multiplies depends on both, and some
+    devices have no integer product at all. Rows stand one after the other, the weight is the
+    transposed of one that lies so, which is the one layout that all devices with a product take.
+
+    Args:
+        device: where the layer is.
+    """
+    rows = torch.full((_LEAST_ROWS, _MULTIPLE), -3, dtype=torch.int8, device=device)
+    weight = torch.arange(2 * _MULTIPLE**2, device=device).view(-1, _MULTIPLE).to(torch.int8)
+    try:
+        made = torch._int_mm(rows, weight.t())
+    except RuntimeError as error:
+        return f"torch's integer product fails on {device}: {str(error).splitlines()[0]}"
+    if not torch.equal(made.cpu(), (-3 * weight.cpu().sum(1, dtype=torch.int32)).expand_as(made)):
+        return f"torch's integer product is wrong on {device}"
+    return None
 
 
 class CudaDynamicLinear(nn.Module):
@@ -51,6 +75,7 @@ class CudaDynamicLinear(nn.Module):
     weight_scale: Tensor
     bias: Tensor | None
     sums: Tensor
+    filled: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, spec: QSpec) -> None:
         super().__init__()
@@ -58,16 +83,25 @@ class CudaDynamicLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
-        self.register_buffer("sums", weight.sum(1, dtype=torch.int32), persistent=False)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What calls read: sums of the weight, and where the kernel wants it larger, that."""
+        outputs, inputs = self.weight.shape
+        wide, high = (max(-size % _MULTIPLE, _MULTIPLE * (not size)) for size in (inputs, outputs))
+        filled = F.pad(self.weight, (0, wide, 0, high)) if wide or high else None
+        sums = self.weight.sum(1, dtype=torch.int32)
+        for name, tensor in (("sums", sums), ("filled", filled)):
+            self.register_buffer(name, tensor, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.sums.copy_(self.weight.sum(1, dtype=torch.int32))
+        self._lay_out()
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., inputs]`` in any floating dtype to float32 ``[..., outputs]``."""
         outputs, inputs = self.weight.shape
-        rows = x.reshape(-1, inputs) if x.numel() else x.new_zeros(0, inputs)
+        rows = x.reshape(math.prod(x.shape[:-1]), inputs)
         codes, scale, zero_point = byte_rows(rows, self.spec)
         signed = (codes ^ 128).view(torch.int8)
         made = self._product(signed).sub_((zero_point.to(torch.int32) - 128) * self.sums)
@@ -78,16 +112,20 @@ class CudaDynamicLinear(nn.Module):
 
     def _product(self, codes: Tensor) -> Tensor:
         """Exact int32 sums; zeros fill up what the kernel wants to be larger."""
-        outputs, inputs = self.weight.shape
-        count = len(codes)
-        rows, wide, high = max(0, _LEAST_ROWS - count), -inputs % _MULTIPLE, -outputs % _MULTIPLE
-        weight = F.pad(self.weight, (0, wide, 0, high)) if wide or high else self.weight
+        count, outputs = len(codes), len(self.weight)
+        weight = self.weight if self.filled is None else self.filled
+        wide, rows = weight.shape[1] - codes.shape[1], max(0, _LEAST_ROWS - count)
         codes = F.pad(codes, (0, wide, 0, rows)) if wide or rows else codes
-        return torch._int_mm(codes, weight.t())[:count, :outputs]
+        return torch._int_mm(codes.contiguous(), weight.t())[:count, :outputs]
 
     def extra_repr(self) -> str:
         """Shape and what is quantized, for ``print(model)``."""
         return f"{tuple(self.weight.shape)}, {self.spec.dtype} per {self.spec.granularity}"
+
+
+def _can_multiply(match: Match) -> Reject | None:
+    why = product_fails(weight_of(match.node("layer")).device)
+    return None if why is None else Reject(why, match.node("layer"))
 
 
 def _lower_linear(match: Match, editor: Editor) -> None:
@@ -102,7 +140,7 @@ class Cuda:
 
     name: str = "cuda"
     rules: tuple[Rule, ...] = (
-        Rule("cuda-dynamic-linear", at_run_time(("linear",)), _lower_linear),
+        Rule("cuda-dynamic-linear", at_run_time(("linear",)), _lower_linear, (_can_multiply,)),
         *(
             dataclasses.replace(rule, name=f"cuda-{rule.name.partition('-')[2]}")
             for rule in WEIGHT_ONLY_RULES

@@ -39,6 +39,7 @@ class X86DynamicLinear(X86Layer):
         bias: float32 ``[outputs]`` or ``None``.
         spec: how rows are quantized.
         sizes: outputs of each layer; with several, the result is a tuple of views.
+        packed: the weight as another layer packed it, which shares it.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class X86DynamicLinear(X86Layer):
         bias: Tensor | None,
         spec: QSpec,
         sizes: Sequence[int] = (),
+        *,
+        packed: Tensor | None = None,
     ) -> None:
-        super().__init__(weight, scale, bias, _PLAIN, None, PostOp())
+        super().__init__(weight, scale, bias, _PLAIN, None, PostOp(), packed)
         self.spec = spec
         self.sizes = list(sizes) or [weight.shape[0]]
         self.pack()
@@ -57,14 +60,13 @@ class X86DynamicLinear(X86Layer):
     def pack(self) -> None:
         """Reorder the weight, and add up its columns."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
-        packed = _ONEDNN.qlinear_prepack(self.weight, None)
-        self._kernel = _ONEDNN.qlinear_pointwise.default
         self._head = (_sums(self.weight, self.weight_scale).unsqueeze(0),)
-        self._call = (1.0, 0, packed, self.weight_scale, zeros, None, *_FLOAT)
+        self._kernel = _ONEDNN.qlinear_pointwise.default
+        self._call = (1.0, 0, self.packed_linear(), self.weight_scale, zeros, None, *_FLOAT)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """One quantization and one product; ``x`` floating ``[..., inputs]``."""
-        outputs, inputs = self.weight.shape
+        outputs, inputs = self.weight_shape
         if x.numel() == 0:
             made = torch.zeros((*x.shape[:-1], outputs))
             made = made if self.bias is None else made.add_(self.bias)
@@ -83,7 +85,7 @@ class X86DynamicLinear(X86Layer):
     def extra_repr(self) -> str:
         """Shapes and what is quantized, for ``print(model)``."""
         parts = f", {len(self.sizes)} layers" if len(self.sizes) > 1 else ""
-        return f"{tuple(self.weight.shape)}{parts}, {self.spec.dtype} per {self.spec.granularity}"
+        return f"{self.weight_shape}{parts}, {self.spec.dtype} per {self.spec.granularity}"
 
 
 class X86DynamicConv(X86Layer):

@@ -9,14 +9,21 @@ cast(act(linear(...)), bfloat16)                                        ->  X86L
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxquant.backends.layer_parts import (
+    codes_node,
+    geometry_of,
+    op_name,
+    tensors_of,
+    transposed_geometry_of,
+    weight_of,
+)
 from fxquant.backends.x86_layers import (
-    Geometry,
     PostOp,
     X86Conv,
     X86ConvSum,
@@ -26,10 +33,11 @@ from fxquant.backends.x86_layers import (
 )
 from fxquant.backends.x86_pointwise import X86Pointwise, X86PointwiseSum
 from fxquant.backends.x86_stem import X86Stem, can_read_floats
-from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose
+from fxquant.backends.x86_transposed import X86ConvTranspose
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, op_of
+from fxquant.graph.tied import tied_of
 from fxquant.graph.view import flat_nodes
 from fxquant.patterns.boundary import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
 from fxquant.patterns.expr import OpExpr, op, var
@@ -90,18 +98,13 @@ def post_op(layer: str, act: Node | None) -> PostOp | None:
     return PostOp(name, scalars(act), algorithm)
 
 
-def _name(node: Node) -> str:
-    found = op_of(node)
-    return found.name if found is not None else ""
-
-
 _NO_RELU: Final = ("conv3d", "conv_transpose3d")
 
 
 def floor_of(match: Match) -> int | None:
     """The code that ``relu`` clamps at, where the kernel itself has no ``relu``."""
     act = match.bound.get("act")
-    if act is None or _name(act) != "relu" or _name(match.node("layer")) not in _NO_RELU:
+    if act is None or op_name(act) != "relu" or op_name(match.node("layer")) not in _NO_RELU:
         return None
     return info(match.root).writes.zero_point  # type: ignore[union-attr]  # the pattern that matched has it
 
@@ -110,12 +113,14 @@ def kernel_takes(match: Match) -> Reject | None:
     """The kernel must have the activation, the input codes must be what it reads."""
     layer, act = match.node("layer"), match.bound.get("act")
     reads = codes_type(match.node("dq"))
-    wanted = (torch.uint8,) if _name(layer) != "linear" else (torch.uint8, torch.int8)
+    wanted = (torch.uint8,) if op_name(layer) != "linear" else (torch.uint8, torch.int8)
     if reads.dtype not in wanted:
         return Reject(f"the kernel reads uint8, not {reads.dtype}", layer)
-    quantized = _name(match.root) == QUANTIZE
-    if post_op(_name(layer), act) is None and not (quantized and floor_of(match) is not None):
-        return Reject(f"the {_name(layer)} kernel has no {_name(act) if act else 'such'}", layer)
+    quantized = op_name(match.root) == QUANTIZE
+    if post_op(op_name(layer), act) is None and not (quantized and floor_of(match) is not None):
+        return Reject(
+            f"the {op_name(layer)} kernel has no {op_name(act) if act else 'such'}", layer
+        )
     return _full_range(match) if quantized else None
 
 
@@ -139,47 +144,9 @@ def codes_type(dq: Node) -> QType:
     return found
 
 
-def tensors_of(layer: Node, editor: Editor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight codes, scale and bias, as the graph's attributes hold them."""
-
-    def at(value: Any) -> Any:
-        if not isinstance(value, Node):
-            return None
-        parent, _, leaf = str(value.target).rpartition(".")
-        return getattr(editor.module.get_submodule(parent), leaf).detach()
-
-    real, held = layer.args[1], argument(layer, "bias")
-    weight, scale = (at(source) for source in real.args[:2])  # type: ignore[union-attr]  # the pattern that matched has it
-    if scale.numel() == 1:
-        axis = 1 if _name(layer) in TRANSPOSED else 0
-        scale = scale.expand(weight.shape[axis]).contiguous()
-    return weight, scale, at(held)
-
-
-def _each(layer: Node, name: str, rank: int) -> tuple[int, ...]:
-    value = argument(layer, name)
-    return tuple(value) if isinstance(value, tuple | list) else (int(value),) * rank
-
-
-def geometry_of(layer: Node) -> Geometry:
-    """How a convolution of the graph walks."""
-    rank = int(_name(layer)[-2])
-    stride, padding, dilation = (
-        _each(layer, name, rank) for name in ("stride", "padding", "dilation")
-    )
-    return Geometry(stride, padding, dilation, int(argument(layer, "groups")))
-
-
-def _transposed(layer: Node) -> TransposedGeometry:
-    rank = int(_name(layer)[-2])
-    names = ("stride", "padding", "output_padding", "dilation")
-    stride, padding, extra, dilation = (_each(layer, name, rank) for name in names)
-    return TransposedGeometry(stride, padding, extra, dilation, int(argument(layer, "groups")))
-
-
 def _is_pointwise(layer: Node, dq: Node) -> bool:
     """Whether a convolution looks at one pixel at a time, all of them, in all channels."""
-    if _name(layer) != "conv2d" or len(info(dq).shape or ()) != 4:
+    if op_name(layer) != "conv2d" or len(info(dq).shape or ()) != 4:
         return False
     g = geometry_of(layer)
     plain = (g.stride, g.padding, g.dilation, g.groups) == ((1, 1), (0, 0), (1, 1), 1)
@@ -188,36 +155,38 @@ def _is_pointwise(layer: Node, dq: Node) -> bool:
 
 def _weight_shape(layer: Node) -> tuple[int, ...]:
     """Height and width of a layer's kernel."""
-    return tuple(_weight(layer).shape[2:])
+    return tuple(weight_of(layer).shape[2:])
 
 
-def _weight(layer: Node) -> Tensor:
-    """The integer weight that a layer reads."""
-    codes = layer.args[1].args[0]  # type: ignore[union-attr]  # the pattern that matched has it
-    parent, _, leaf = str(codes.target).rpartition(".")  # type: ignore[union-attr]  # the pattern that matched has it
-    owner = layer.graph.owning_module
-    if owner is None:
-        raise TypeError(f"%{layer.name} belongs to no module")
-    weight: Tensor = getattr(owner.get_submodule(parent), leaf)
-    return weight
+def _make_linear(
+    layer: Node,
+    parts: tuple[Tensor, Tensor, Tensor | None, QType, QType | None],
+    post: PostOp,
+    other: QType | None,
+) -> X86Linear:
+    """A linear, or a convolution that is one; a weight that several read is packed once."""
+    tied, flat = tied_of(codes_node(layer)), op_name(layer) == "linear"
+    packed = None if tied is None else tied.packed
+    if other is not None:
+        kind = X86LinearSum if flat else X86PointwiseSum
+        made: X86Linear = kind(*parts, post, packed, other=other)
+    else:
+        made = (X86Linear if flat else X86Pointwise)(*parts, post, packed)
+    if tied is not None:
+        tied.packed = made.packed
+    return made
 
 
 def _make(match: Match, editor: Editor, writes: QType | None, other: QType | None) -> X86Layer:
     layer, dq = match.node("layer"), match.node("dq")
     parts = (*tensors_of(layer, editor), codes_type(dq), writes)
-    post = post_op(_name(layer), match.bound.get("act")) or PostOp()
-    if _name(layer) == "linear":
-        if other is not None:
-            return X86LinearSum(*parts, post, other=other)
-        return X86Linear(*parts, post)
-    if _name(layer) in TRANSPOSED:
-        deconv = X86ConvTranspose(*parts, post, _transposed(layer))
+    post = post_op(op_name(layer), match.bound.get("act")) or PostOp()
+    if op_name(layer) == "linear" or _is_pointwise(layer, dq):
+        return _make_linear(layer, parts, post, other)
+    if op_name(layer) in TRANSPOSED:
+        deconv = X86ConvTranspose(*parts, post, transposed_geometry_of(layer))
         deconv.floor = floor_of(match) if writes is not None else None
         return deconv
-    if _is_pointwise(layer, dq):
-        if other is not None:
-            return X86PointwiseSum(*parts, post, other=other)
-        return X86Pointwise(*parts, post)
     shape = info(dq).shape
     # The weight's layout is chosen for one picture; a batch is big enough to bear another.
     more = (post, geometry_of(layer), None if shape is None else (1, *shape[1:]))
@@ -271,9 +240,9 @@ def _path(match: Match) -> str:
 
 
 def _lower(match: Match, editor: Editor) -> None:
-    writes = info(match.root).writes if _name(match.root) == QUANTIZE else None
+    writes = info(match.root).writes if op_name(match.root) == QUANTIZE else None
     module = _make(match, editor, writes, None)
-    if _name(match.root) == "cast":
+    if op_name(match.root) == "cast":
         module.write_real(torch.bfloat16)
     codes = picture_of(match) or match.node("dq").args[0]
     if isinstance(codes, Node):
@@ -284,7 +253,7 @@ def picture_of(match: Match) -> Node | None:
     """The float picture that a first convolution can quantize by itself, if this is one."""
     layer, dq = match.node("layer"), match.node("dq")
     codes = dq.args[0]
-    if _name(layer) != "conv2d" or not isinstance(codes, Node) or _name(codes) != QUANTIZE:
+    if op_name(layer) != "conv2d" or not isinstance(codes, Node) or op_name(codes) != QUANTIZE:
         return None
     if _is_pointwise(layer, dq):  # a linear over pixels
         return None
@@ -292,15 +261,15 @@ def picture_of(match: Match) -> Node | None:
     picture = codes.args[0]
     if not alone or not isinstance(picture, Node) or picture.op != "placeholder":
         return None
-    fits = can_read_floats(_weight(layer), int(argument(layer, "groups")))
+    fits = can_read_floats(weight_of(layer), int(argument(layer, "groups")))
     return picture if fits and codes_type(dq).dtype == torch.uint8 else None
 
 
 def sum_fits(match: Match) -> Reject | None:
     """Sums exist for 2-d convolutions and linears, with ``relu`` or nothing after them."""
     layer = match.node("layer")
-    if _name(layer) not in ("conv2d", "linear"):
-        return Reject(f"the {_name(layer)} kernel has no sum", layer)
+    if op_name(layer) not in ("conv2d", "linear"):
+        return Reject(f"the {op_name(layer)} kernel has no sum", layer)
     if codes_type(match.node("dq2")).dtype != torch.uint8:
         return Reject("the kernel sums uint8 only", layer)
     total, other = info(match.root).shape, info(match.node("dq2")).shape
@@ -344,15 +313,15 @@ def may_overwrite(codes: Node, dq: Node, at: Node) -> bool:
 def _readers(codes: Node) -> list[Node]:
     found: list[Node] = []
     for user in codes.users:
-        found.extend(user.users if _name(user) == DEQUANTIZE else (user,))
+        found.extend(user.users if op_name(user) == DEQUANTIZE else (user,))
     return found
 
 
 def _shares_memory(codes: Node) -> bool:
     """Whether codes will be a view of other codes, once lowered."""
-    maker = next(flat_nodes(codes.args), None) if _name(codes) == QUANTIZE else codes
+    maker = next(flat_nodes(codes.args), None) if op_name(codes) == QUANTIZE else codes
     found = op_of(maker) if maker is not None else None
-    if maker is not None and _name(maker) == DEQUANTIZE:
+    if maker is not None and op_name(maker) == DEQUANTIZE:
         return False
     return found is not None and found.alias
 

@@ -1,11 +1,13 @@
 """Layers that call torch's built-in oneDNN int8 operators (``torch.ops.onednn``) on plain tensors.
 
-Buffers hold the plain integer weight, so ``state_dict``, ``deepcopy`` and pickles see nothing
-else; the packed form that the kernels want is rebuilt from them, never stored.
+``state_dict``, ``deepcopy`` and pickles see the plain integer weight and nothing else; the packed
+form that the kernels want is made from it, never stored. Linears keep the packed form alone, from
+which the plain one can be had back: two forms of a weight would be half as large as the float one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
-_PACKED: Final = ("_call", "_head", "_kernel")
+_PACKED: Final = ("_call", "_head", "_kernel", "packed")
 """Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
 
@@ -63,9 +65,9 @@ class X86Layer(nn.Module):
         reads: type of the input codes.
         writes: type of the output codes, or ``None`` for float32.
         post: what follows the sum inside the kernel.
+        packed: the weight as another linear packed it, which shares it.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
@@ -77,9 +79,14 @@ class X86Layer(nn.Module):
         reads: QType,
         writes: QType | None,
         post: PostOp,
+        packed: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        # A buffer that a property reads: register_buffer() refuses the name.
+        shared = packed is not None and unpacks_exactly()
+        self._buffers["weight"] = None if shared else weight
+        self.packed: Tensor | None = packed if shared else None
+        self.weight_shape = tuple(weight.shape)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
         self.reads, self.writes, self.post = reads, writes, post
@@ -88,9 +95,31 @@ class X86Layer(nn.Module):
         self.floor: int | None = None
         self._call: tuple[Any, ...] = ()
 
+    @property
+    def weight(self) -> Tensor:
+        """int8 codes, shaped as in the float layer; made anew where only packed ones are kept."""
+        plain = self._buffers["weight"]
+        if plain is not None:
+            return plain
+        if self.packed is None:
+            raise TypeError(f"this {type(self).__name__} has no weight")
+        return unpacked_linear(self.packed).view(self.weight_shape)
+
     def pack(self) -> None:
         """Rebuild what the kernel wants from the buffers."""
         raise TypeError(f"{type(self).__name__} does not define pack()")
+
+    def packed_linear(self) -> Tensor:
+        """The weight as the linear kernel wants it; from now on the only form that is kept."""
+        plain = self._buffers["weight"]
+        if plain is None and self.packed is not None:
+            return self.packed
+        matrix = self.weight.flatten(1)
+        packed: Tensor = _ONEDNN.qlinear_prepack(matrix, None)
+        self.packed = packed
+        if unpacks_exactly():
+            self._buffers["weight"] = None
+        return packed
 
     def write_real(self, dtype: torch.dtype) -> None:
         """Write ``dtype``, which is rounded to inside the kernel, instead of float32."""
@@ -110,15 +139,22 @@ class X86Layer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what :meth:`pack` makes, which cannot be copied or pickled."""
-        return {key: value for key, value in self.__dict__.items() if key not in _PACKED}
+        state = {key: value for key, value in self.__dict__.items() if key not in _PACKED}
+        return state | {"_buffers": {**self._buffers, "weight": self.weight}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the packed form of a copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._call = ()
+        self._call, self.packed = (), None
         self.pack()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # First, as it stands where it is kept.
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._buffers["weight"] = self.weight
         super()._load_from_state_dict(*args, **kwargs)
         self.pack()
 
@@ -126,7 +162,23 @@ class X86Layer(nn.Module):
         """Shapes, types and post-op, for ``print(model)``."""
         after = f", {self.post.name}" if self.post.name != "none" else ""
         made = self.writes or str(self.real).removeprefix("torch.")
-        return f"{tuple(self.weight.shape)}{after}, {self.reads} -> {made}"
+        return f"{self.weight_shape}{after}, {self.reads} -> {made}"
+
+
+def unpacked_linear(packed: Tensor) -> Tensor:
+    """The int8 ``[outputs, inputs]`` that ``qlinear_prepack`` packed."""
+    return packed.to_dense().t().contiguous()
+
+
+@functools.cache
+def unpacks_exactly() -> bool:
+    """Whether this torch gives the plain weight back, of sizes that fill no block too."""
+    generator = torch.Generator().manual_seed(0)
+    for size in ((1, 1), (3, 70), (16, 64), (65, 33), (130, 257)):
+        plain = torch.randint(-128, 128, size, generator=generator).to(torch.int8)
+        if not torch.equal(unpacked_linear(_ONEDNN.qlinear_prepack(plain, None)), plain):
+            return False
+    return True
 
 
 class X86Conv(X86Layer):
@@ -260,8 +312,9 @@ class X86Linear(X86Layer):
         reads: QType,
         writes: QType | None,
         post: PostOp,
+        packed: Tensor | None = None,
     ) -> None:
-        super().__init__(weight, scale, bias, reads, writes, post)
+        super().__init__(weight, scale, bias, reads, writes, post, packed)
         self.pack()
 
     def pack(self) -> None:
@@ -271,20 +324,16 @@ class X86Linear(X86Layer):
         self._call = (
             self.reads.scale,
             self.reads.zero_point,
-            _ONEDNN.qlinear_prepack(self._matrix(), None),
+            self.packed_linear(),
             self.weight_scale,
             zeros,
             self.bias,
             *self._ending(),
         )
 
-    def _matrix(self) -> Tensor:
-        """The weight as ``[outputs, inputs]``."""
-        return self.weight
-
     def _nothing(self, codes: Tensor) -> Tensor:
         """The result of an empty batch, for which the kernel drops dimensions."""
-        shape = (*codes.shape[:-1], self.weight.shape[0])
+        shape = (*codes.shape[:-1], self.weight_shape[0])
         return codes.new_empty(shape, dtype=self._output()[2])
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -309,7 +358,7 @@ class X86LinearSum(X86Linear):
         self._head = (
             self.reads.scale,
             self.reads.zero_point,
-            _ONEDNN.qlinear_prepack(self._matrix(), None),
+            self.packed_linear(),
             self.weight_scale,
             zeros,
         )

@@ -22,9 +22,6 @@ _FIRST: Final = ((2, 0, 1), (0, 3, 1, 2))
 class X86Pointwise(X86Linear):
     """``act(conv1x1(x))``; the weight keeps the shape of a convolution's."""
 
-    def _matrix(self) -> Tensor:
-        return self.weight.flatten(1)
-
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
         batched = codes.dim() == _BATCHED
@@ -38,9 +35,6 @@ class X86Pointwise(X86Linear):
 
 class X86PointwiseSum(X86LinearSum):
     """``act(conv1x1(x) + other)``, written over the memory of ``other``."""
-
-    def _matrix(self) -> Tensor:
-        return self.weight.flatten(1)
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""

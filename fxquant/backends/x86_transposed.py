@@ -87,6 +87,44 @@ def subpixel_weight(weight: Tensor, geometry: TransposedGeometry) -> Tensor:
     return ordered.reshape(groups * math.prod(stride) * outputs, inputs, *taps).contiguous()
 
 
+def per_phase(per_channel: Tensor, geometry: TransposedGeometry) -> Tensor:
+    """Values of output channels, once for each phase, in the order of :func:`subpixel_weight`.
+
+    Args:
+        per_channel: ``[out]``.
+        geometry: how the transposed convolution walks.
+    """
+    phases, groups = math.prod(geometry.stride), geometry.groups
+    grouped = per_channel.view(groups, 1, -1).expand(groups, phases, -1)
+    return grouped.reshape(-1).contiguous()
+
+
+def interleave(
+    phases: Tensor, sides: tuple[int, ...], geometry: TransposedGeometry, outputs: int
+) -> Tensor:
+    """Make pixels of the phases that the convolution gives, and crop them.
+
+    Args:
+        phases: ``[batch, groups * prod(stride) * outputs, ...]``.
+        sides: the spatial size of the result.
+        geometry: how the transposed convolution walks.
+        outputs: output channels of one group.
+
+    Returns:
+        ``[batch, groups * outputs, *sides]``, channels last in memory.
+    """
+    stride, groups, rank = geometry.stride, geometry.groups, phases.dim() - 2
+    batch, rows = phases.shape[0], phases.shape[2:]
+    # Memory holds [batch, pixel, group, phases, channel]: channels move in runs.
+    split = phases.movedim(1, -1).reshape(batch, *rows, groups, *stride, outputs)
+    order = [dim for i in range(rank) for dim in (1 + i, 2 + rank + i)]
+    moved = split.permute(0, *order, 1 + rank, 2 + 2 * rank)
+    whole = [row * s for row, s in zip(rows, stride, strict=True)]
+    pixels = moved.reshape(batch, *whole, groups * outputs)
+    crop = (slice(None), *(slice(p, p + n) for p, n in zip(geometry.padding, sides, strict=True)))
+    return pixels[crop].contiguous().movedim(-1, 1)
+
+
 class X86ConvTranspose(X86Layer):
     """An int8 transposed convolution of one, two or three dimensions.
 
@@ -114,18 +152,12 @@ class X86ConvTranspose(X86Layer):
         self.geometry = geometry
         self.pack()
 
-    def _per_phase(self, per_channel: Tensor) -> Tensor:
-        """Values of output channels, once for each phase, in the order of the weight."""
-        phases, groups = math.prod(self.geometry.stride), self.geometry.groups
-        grouped = per_channel.view(groups, 1, -1).expand(groups, phases, -1)
-        return grouped.reshape(-1).contiguous()
-
     def pack(self) -> None:
         """Rebuild the convolution that stands for it."""
         g = self.geometry
         taps = g.taps(tuple(self.weight.shape[2:]))
-        scale = self._per_phase(self.weight_scale.repeat(g.groups))
-        bias = None if self.bias is None else self._per_phase(self.bias)
+        scale = per_phase(self.weight_scale.repeat(g.groups), g)
+        bias = None if self.bias is None else per_phase(self.bias, g)
         ones = [1] * len(taps)
         walk: tuple[Any, ...] = (ones, [t - 1 for t in taps], ones, g.groups)
         packed = _ONEDNN.qconv_prepack(
@@ -160,19 +192,6 @@ class X86ConvTranspose(X86Layer):
         if codes.numel() == 0:
             channels = self.geometry.groups * self.weight.shape[1]
             return codes.new_empty((codes.shape[0], channels, *sides), dtype=self._output()[2])
-        pixels = self._interleave(_ONEDNN.qconv_pointwise.default(codes, *self._call))
-        parts = zip(self.geometry.padding, sides, strict=True)
-        crop = (slice(None), *(slice(p, p + side) for p, side in parts))
-        result = pixels[crop].contiguous().movedim(-1, 1)
+        phases = _ONEDNN.qconv_pointwise.default(codes, *self._call)
+        result = interleave(phases, sides, self.geometry, self.weight.shape[1])
         return result if self.floor is None else result.clamp_(min=self.floor)
-
-    def _interleave(self, phases: Tensor) -> Tensor:
-        """``[batch, ..., channels]``: the phases of a pixel become pixels of their own."""
-        stride, groups, rank = self.geometry.stride, self.geometry.groups, phases.dim() - 2
-        batch, outputs, rows = phases.shape[0], self.weight.shape[1], phases.shape[2:]
-        # Memory holds [batch, pixel, group, phases, channel]: channels move in runs.
-        split = phases.movedim(1, -1).reshape(batch, *rows, groups, *stride, outputs)
-        order = [dim for i in range(rank) for dim in (1 + i, 2 + rank + i)]
-        moved = split.permute(0, *order, 1 + rank, 2 + 2 * rank)
-        sides = [row * s for row, s in zip(rows, stride, strict=True)]
-        return moved.reshape(batch, *sides, groups * outputs)

@@ -30,6 +30,7 @@ from fxquant.graph.op_table import (
     op_of,
 )
 from fxquant.graph.ops import Kind, Op
+from fxquant.graph.tied import Tied
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import is_given, tensor_sources
 from fxquant.numerics.finite import all_finite
@@ -50,10 +51,16 @@ class QuantizedWeight(nn.Module):
         weight: int8 codes, shaped as the layer's weight.
         scale: float32, ``[channels]`` or ``[1]``.
         bias: float32 ``[channels]`` or ``None``.
+
+    Attributes:
+        tied: what it shares with the other layers that hold the same codes.
     """
+
+    tied: Tied | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.tied = None
         scale, bias = _one_block(scale, bias)
         # Buffers: integers cannot require gradients, and what users do to all parameters may.
         for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
@@ -91,13 +98,14 @@ class Convert(Pass):
     def run(self, editor: Editor) -> None:
         """Weights first: one whose sums could pass 32 bits sends its unit back to float."""
         cache: _Cache = {}
+        ties: dict[int, Tied] = {}
         for node in list(editor.graph.nodes):
             op = op_of(node)
             if op is None or op.kind is not Kind.CONTRACT:
                 continue
             # Weights are the same whether activations are quantized beforehand or at run time.
             if wanted_int8(node) or wanted(node, "dynamic"):
-                self._weight(editor, node, op, cache)
+                self._weight(editor, node, op, cache, ties)
         self._edges(editor)
         for node in [n for n in editor.graph.nodes if is_op(n, "embedding", "embedding_bag")]:
             self._table(editor, node, cache)
@@ -110,6 +118,7 @@ class Convert(Pass):
         node: Node,
         op: Op,
         cache: _Cache,
+        ties: dict[int, Tied],
     ) -> None:
         layer: Any = module_of(node)
         config = info(node).config
@@ -124,7 +133,10 @@ class Convert(Pass):
         bias = layer.bias.detach().clone() if layer.bias is not None else None
         path = str(node.target)
         with editor.rule("quantize-weight"):
-            editor.set_module(path, QuantizedWeight(codes, scale, bias))
+            held = QuantizedWeight(codes, scale, bias)
+            held.tied = ties.setdefault(id(codes), Tied())
+            held.tied.calls += 1
+            editor.set_module(path, held)
             self._call(editor, node, op, layer, None if scale.numel() == 1 else axis)
 
     def _table(self, editor: Editor, node: Node, cache: _Cache) -> None:

@@ -19,9 +19,16 @@ _NATIVE: Final = ("avx512_bf16", "amx_tile")
 def size_in_bytes(module: nn.Module) -> int:
     """Bytes of parameters and persistent buffers, each storage once."""
     seen: dict[int, int] = {}
-    for tensor in module.state_dict().values():
-        if isinstance(tensor, Tensor):
-            seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    for owner in module.modules():
+        hidden = owner._non_persistent_buffers_set
+        kept = [tensor for name, tensor in owner._buffers.items() if name not in hidden]
+        for tensor in (*owner._parameters.values(), *kept):
+            if tensor is not None:
+                seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+        # Not by state_dict(), which unpacks what is kept packed only: as large, all at once.
+        packed = getattr(owner, "packed", None)
+        if isinstance(packed, Tensor) and owner._buffers.get("weight") is None:
+            seen[id(packed)] = packed.numel() * packed.element_size()
     return sum(seen.values())
 
 

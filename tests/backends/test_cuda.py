@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backends.cuda import Cuda, CudaDynamicLinear
+from fxquant.backends.cuda import Cuda, CudaDynamicLinear, product_fails
 from fxquant.backends.x86_weight_only import StoredLinear
 from fxquant.errors import ConfigError
 from fxquant.numerics.dynamic import quantize_rows
@@ -21,6 +22,14 @@ from fxquant.spec import PRESETS, ROWS, QSpec
 
 SYMMETRIC = PRESETS["dynamic-symmetric"].activation
 SPECS = [ROWS, SYMMETRIC, QSpec(granularity="tensor", observer="runtime")]
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    """What the product does on a device is asked once, and some tests replace it."""
+    product_fails.cache_clear()
+    yield
+    product_fails.cache_clear()
 
 
 def _layer(outputs: int, inputs: int, spec: QSpec | None, bias: bool = True) -> CudaDynamicLinear:
@@ -61,14 +70,21 @@ def test_products_are_exact_at_every_size(
     assert bool(((made - exact).abs() <= limit).all())
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (16, 64, 8), (17, 64, 24), (40, 9, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 8, 8), (3, 5, 7), (16, 64, 8), (17, 64, 24), (40, 9, 16)),
+        *((0, 8, 8), (20, 0, 3), (20, 8, 0)),
+    ],
+)
 def test_the_kernel_is_given_what_it_takes_on_a_gpu(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, inputs, outputs = shape
-    product, seen = torch._int_mm, []
+    product, seen, strides = torch._int_mm, [], []
 
     def int_mm(codes: Tensor, weight: Tensor) -> Tensor:
+        strides.append((codes.stride(), weight.stride()))
         seen.append((tuple(codes.shape), tuple(weight.shape), codes.dtype, weight.dtype))
         return product(codes, weight)
 
@@ -78,9 +94,49 @@ def test_the_kernel_is_given_what_it_takes_on_a_gpu(
     (m, k), (k2, n), *dtypes = seen[0]
     assert m > 16
     assert k == k2
-    assert k % 8 == 0
-    assert n % 8 == 0
+    assert k % 8 == 0 and k > 0
+    assert n % 8 == 0 and n > 0
     assert dtypes == [torch.int8, torch.int8]
+    # Rows one after the other, the weight the transposed of one that lies so.
+    assert strides == [((k, 1), (1, k))]
+
+
+def test_inputs_of_any_strides_lie_right_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _layer(8, 16, ROWS), torch.randn(16, 20)
+    wanted = layer(x.t().contiguous())
+    product = torch._int_mm
+
+    def strict(codes: Tensor, weight: Tensor) -> Tensor:
+        assert codes.is_contiguous() and weight.t().is_contiguous()
+        return product(codes, weight)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    assert torch.equal(layer(x.t()), wanted)
+    wide = torch.randn(20, 32)
+    assert torch.equal(layer(wide[:, ::2]), layer(wide[:, ::2].clone()))
+
+
+def test_a_device_without_the_product_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\n")
+
+    def wrong(codes: Tensor, weight: Tensor) -> Tensor:
+        return torch.zeros(len(codes), weight.shape[1], dtype=torch.int32)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.manual_seed(0)
+    model, ids = Net().eval(), torch.randint(0, 11, (3, 4))
+    truth = fxquant.quantize(model, mode="dynamic", backend="reference", example_inputs=ids)(ids)
+    for product, why in ((refuse, "CUBLAS_STATUS_NOT_SUPPORTED"), (wrong, "is wrong on cpu")):
+        product_fails.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_int_mm", product)
+            made = fxquant.quantize(model, mode="dynamic", backend="cuda", example_inputs=ids)
+            assert torch.equal(made(ids), truth)
+        assert why in str(product_fails(torch.device("cpu")))
+        assert any(why in reason for _, _, reason in fxquant.history(made).near())
+    product_fails.cache_clear()
+    assert product_fails(torch.device("cpu")) is None
 
 
 def test_rows_do_not_depend_on_each_other_and_zeros_stay_zero() -> None:

@@ -131,8 +131,14 @@ def test_bad_rows_are_nan_and_zero_rows_give_the_bias(bad: float) -> None:
 
 def test_stacked_layers_are_each_of_them() -> None:
     one, two = linear(24), linear(16)
+    assert one.bias is not None and two.bias is not None
     weight, scale, bias = (
-        torch.cat(pair) for pair in zip(one.buffers(), two.buffers(), strict=True)
+        torch.cat(pair)
+        for pair in (
+            (one.weight, two.weight),
+            (one.weight_scale, two.weight_scale),
+            (one.bias, two.bias),
+        )
     )
     both = X86DynamicLinear(weight, scale, bias, ROWS, (24, 16))
     x = numbers(3, 5, 40)
