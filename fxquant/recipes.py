@@ -47,6 +47,7 @@ from fxquant.passes.train_units import TrainUnits
 from fxquant.passes.unshare import Unshare
 from fxquant.passes.unsigned_codes import UnsignedCodes
 from fxquant.patterns.builtin import FUSION_RULES
+from fxquant.patterns.norm import CONVS, TRANSPOSED
 from fxquant.patterns.rule import Rule
 from fxquant.patterns.trained import TRAINING_RULES
 from fxquant.pipeline import Pipeline
@@ -71,7 +72,7 @@ _ABOUT: Final = {
 
 
 OTHER_OPS: Final[dict[Scheme, frozenset[str]]] = {
-    "dynamic": frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+    "dynamic": frozenset({"linear", "matmul", *CONVS, *TRANSPOSED}),
     "weight_only": frozenset({"linear", "embedding", "embedding_bag"}),
 }
 """Ops with an int8 form by another scheme than the static one."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxquant.backends.base import MEASURED, WITHOUT_VNNI, Costs
+from fxquant.backends.x86_dynamic_products import DYNAMIC_PRODUCT_RULES
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
 from fxquant.backends.x86_layer_rules import LAYER_RULES
 from fxquant.backends.x86_matmul import MATMUL_RULES
@@ -40,8 +41,8 @@ class X86:
 
     name: str = "x86"
     rules: tuple[Rule, ...] = (
-        *LAYER_RULES, *DYNAMIC_RULES, *WEIGHT_ONLY_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES,
-        *MOVE_RULES, *UNIT_RULES,
+        *LAYER_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES, *WEIGHT_ONLY_RULES, *MATMUL_RULES,
+        *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: {IntegerRecurrent: X86Recurrent}

@@ -67,7 +67,7 @@ class ProductCodes(nn.Module):
 
     def _sums(self, a: Tensor, b: Tensor) -> Tensor:
         """Sums of products of codes without their zero points, as float32."""
-        total = _products(a, b)
+        total = products(a, b)
         left, right = self.a.zero_point, self.b.zero_point - self._shift
         # In integers: a difference of large sums would lose bits in float32.
         if right:
@@ -82,8 +82,13 @@ class ProductCodes(nn.Module):
         return f"{self.a}, {self.b} -> {self.writes or 'float32'}"
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """int32 ``[..., rows, columns]`` of plain codes."""
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 sums of products of plain codes.
+
+    Args:
+        a: uint8 or int8 ``[..., rows, inner]``.
+        b: int8 ``[..., inner, columns]``; the leading dimensions broadcast.
+    """
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = (*batch, a.shape[-2], b.shape[-1])
     if math.prod(shape) == 0 or a.shape[-1] == 0:

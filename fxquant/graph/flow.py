@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -11,14 +12,52 @@ from torch.fx import Graph, Node
 
 from fxquant.graph.fills import fill_of
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, is_op, op_of
+from fxquant.graph.op_table import argument, is_op, op_named, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.view import Unit, tensor_sources, units
-from fxquant.spec import FloatDtype, QSpec, Scheme
+from fxquant.spec import DEFAULT_WEIGHT, FloatDtype, Granularity, QSpec, Scheme
 
-ROW_DIMS: Final = {"linear": 1, "conv1d": 2, "conv2d": 3, "conv3d": 4}
+ROW_DIMS: Final = {
+    "linear": 1,
+    **{f"conv{rank}d": rank + 1 for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": rank + 1 for rank in (1, 2, 3)},
+}
 """What a dynamic op sums over: a token, or channels and pixels of one sample; trailing dimensions
 that share a scale at run time."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a value is quantized at run time.
+
+    Args:
+        spec: what its rows are to become.
+        dims: how many trailing dimensions make a row.
+        by_column: whether the rows are those of the value transposed.
+    """
+
+    spec: QSpec
+    dims: int = 1
+    by_column: bool = False
+
+
+def rows_read(node: Node) -> tuple[Rows, ...]:
+    """How a dynamic op quantizes its first arguments; empty if it is none.
+
+    The right factor of a product stands where a weight does: it is quantized as one, with a scale
+    for each of its columns.
+    """
+    op, config = op_of(node), info(node).config
+    if op is None or config is None or config.activation is None or not wanted(node, "dynamic"):
+        return ()
+    if op.name == "matmul":
+        weight = config.weight or DEFAULT_WEIGHT
+        granularity: Granularity = "tensor" if weight.granularity == "tensor" else "row"
+        right = QSpec(weight.dtype, weight.bits, weight.symmetric, granularity, "runtime")
+        return Rows(config.activation), Rows(right, by_column=True)
+    if op.name not in ROW_DIMS:
+        return ()
+    return (Rows(config.activation, ROW_DIMS[op.name]),)
 
 
 def moves_codes(node: Node) -> bool:
@@ -72,6 +111,13 @@ def wanted(node: Node, scheme: Scheme) -> bool:
     """Whether the decision so far is int8 by ``scheme``: one that reads and writes float."""
     decision, config = info(node).decision, info(node).config
     return decision is not None and decision.int8 and config is not None and config.scheme == scheme
+
+
+def asked_as_product(node: Node) -> bool:
+    """Whether an override names the function of a product, or the attention that it comes from."""
+    names = {getattr(function, "__name__", "") for function in op_named("matmul").functions}
+    asked = info(node).configured_by.removeprefix("override ").partition(".")[0]
+    return asked in names or asked == "scaled_dot_product_attention"
 
 
 def asks_half(node: Node) -> bool:

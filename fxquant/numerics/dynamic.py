@@ -142,7 +142,13 @@ def qdq_rows(x: Tensor, spec: QSpec, dims: int = 1) -> Tensor:
 
 
 def quantize_at_run_time(
-    x: Tensor, dims: int, dtype: Dtype, bits: int, symmetric: bool, per_row: bool
+    x: Tensor,
+    dims: int,
+    dtype: Dtype,
+    bits: int,
+    symmetric: bool,
+    per_row: bool,
+    by_column: bool = False,
 ) -> Tensor:
     """Return :func:`qdq_rows` of ``x``: a node of the Q/DQ graph, float in and float out.
 
@@ -156,6 +162,8 @@ def quantize_at_run_time(
         bits: how many bits of it are used.
         symmetric: whether the zero point is fixed.
         per_row: one scale per row, or one for all.
+        by_column: whether the rows are those of ``x`` transposed: of the right factor of a
+            product of matrices, which is summed over them. A vector is one column.
 
     Raises:
         QParamError: ``x`` has fewer than ``dims`` dimensions.
@@ -165,6 +173,8 @@ def quantize_at_run_time(
         tensor([[0., 3., 7.]])
     """
     if has_torch_function_unary(x):
+        # As passes write it, so that a graph that is traced anew is the same graph.
+        more = {"by_column": True} if by_column else {}
         return handle_torch_function(
             quantize_at_run_time,
             (x,),
@@ -174,9 +184,13 @@ def quantize_at_run_time(
             bits=bits,
             symmetric=symmetric,
             per_row=per_row,
+            **more,
         )
     granularity = "row" if per_row else "tensor"
-    return qdq_rows(x, runtime_spec(dtype, bits, symmetric, granularity, "runtime"), dims)
+    spec = runtime_spec(dtype, bits, symmetric, granularity, "runtime")
+    if by_column and x.dim() > 1:
+        return qdq_rows(x.mT, spec, dims).mT
+    return qdq_rows(x, spec, dims)
 
 
 def _real(x: Tensor) -> Tensor:

@@ -56,11 +56,12 @@ class FakeQuantizeRows(FakeQuantizer):
         spec: what the rows are to become.
         path: what reads them.
         dims: how many trailing dimensions make a row.
+        by_column: whether the rows are those of the tensor transposed.
     """
 
-    def __init__(self, spec: QSpec, path: str, dims: int) -> None:
+    def __init__(self, spec: QSpec, path: str, dims: int, *, by_column: bool = False) -> None:
         super().__init__(spec, path)
-        self.dims = dims
+        self.dims, self.by_column = dims, by_column
 
     def forward(self, x: T) -> T:
         """Return ``x`` quantized and dequantized; what is no floating-point tensor passes."""
@@ -68,4 +69,6 @@ class FakeQuantizeRows(FakeQuantizer):
             return x
         if not x.numel():
             return x
-        return trained_rows(x, self.spec, self.dims).to(x.dtype)  # type: ignore[return-value]  # T is Tensor here
+        turned = self.by_column and x.dim() > 1
+        made = trained_rows(x.mT if turned else x, self.spec, self.dims).to(x.dtype)
+        return made.mT if turned else made  # type: ignore[return-value]  # T is Tensor here

@@ -2,10 +2,13 @@
 
     linear(x, dequantize_weight(w_int8), bias)
         ->  linear(quantize_at_run_time(x), dequantize_weight(w_int8), bias)
+    matmul(a, b)
+        ->  matmul(quantize_at_run_time(a), quantize_at_run_time(b, by_column=True))
 
 The weights are integers already. Several ops that read one value in one way share its
 quantization: the query, key and value layers of attention do. A row is what the op sums over: a
-token for a linear, channels and pixels of one sample for a convolution.
+token for a linear, channels and pixels of one sample for a convolution. The right factor of a
+product stands where a weight does: it is quantized as one, a scale for each of its columns.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from typing import ClassVar
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import ROW_DIMS, wanted
+from fxquant.graph.flow import Rows, rows_read
 from fxquant.graph.info import info
-from fxquant.graph.op_table import RUN_TIME, is_op, op_named, op_of
-from fxquant.graph.ops import Kind
+from fxquant.graph.op_table import RUN_TIME, is_op, op_named
 from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
-from fxquant.spec import QSpec
+
+_Made = dict[tuple[Node, Rows], Node]
 
 
 @dataclass(frozen=True)
@@ -35,33 +38,38 @@ class ConvertDynamic(Pass):
 
     def run(self, editor: Editor) -> None:
         """One quantization for each value and each way to quantize it."""
-        made: dict[tuple[Node, QSpec, int], Node] = {}
+        made: _Made = {}
         for node in list(editor.graph.nodes):
-            op, config = op_of(node), info(node).config
-            if op is None or config is None or config.activation is None:
-                continue
-            if op.kind is not Kind.CONTRACT or not wanted(node, "dynamic"):
-                continue
-            source = node.args[0]
-            if node.op != "call_function" or not isinstance(source, Node):
-                continue
-            if is_op(source, RUN_TIME):
-                continue  # it is done already
-            key = (source, config.activation, ROW_DIMS[op.name])
-            with editor.rule("quantize-at-run-time"):
-                if key not in made:
-                    made[key] = self._quantized(editor, node, *key)
-                editor.set_call(node, node.target, (made[key], *node.args[1:]), dict(node.kwargs))
+            if node.op == "call_function" and rows_read(node):
+                self._read_quantized(editor, node, rows_read(node), made)
 
     @staticmethod
-    def _quantized(editor: Editor, node: Node, source: Node, spec: QSpec, dims: int) -> Node:
+    def _read_quantized(editor: Editor, node: Node, ways: tuple[Rows, ...], made: _Made) -> None:
+        """Let ``node`` read its first arguments quantized, each in its way."""
+        sources = node.args[: len(ways)]
+        given = [source for source in sources if isinstance(source, Node)]
+        if len(given) < len(ways) or any(is_op(source, RUN_TIME) for source in given):
+            return  # it is done already
+        with editor.rule("quantize-at-run-time"):
+            for key in zip(given, ways, strict=True):
+                if key not in made:
+                    made[key] = ConvertDynamic._quantized(editor, node, *key)
+            read = tuple(made[key] for key in zip(given, ways, strict=True))
+            args = (*read, *node.args[len(ways) :])
+            editor.set_call(node, node.target, args, dict(node.kwargs))
+
+    @staticmethod
+    def _quantized(editor: Editor, node: Node, source: Node, rows: Rows) -> Node:
+        spec = rows.spec
         options = {
-            "dims": dims,
+            "dims": rows.dims,
             "dtype": spec.dtype,
             "bits": spec.bits,
             "symmetric": spec.symmetric,
             "per_row": spec.granularity == "row",
         }
+        if rows.by_column:
+            options["by_column"] = True
         made = editor.call(op_named(RUN_TIME), (source,), options, like=source, before=node)
         shape = info(source).shape
         editor.note_values(made, unit=None, decision=None, value="tensor", shape=shape)

@@ -20,7 +20,7 @@ from torch.fx import Node
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.both_modes import AttentionDropout
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import ROW_DIMS, rescaled_by, root_of, sites, wanted, wanted_int8
+from fxquant.graph.flow import Rows, rescaled_by, root_of, rows_read, sites, wanted, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import is_op, module_of, op_of
 from fxquant.graph.ops import Kind
@@ -75,9 +75,9 @@ class InsertFakeQuants(Pass):
         own = {v: spec for v, spec in observed.items() if not _has_codes_of_source(v)}
         for value, spec in own.items():
             _value(editor, value, spec)
-        rows: dict[tuple[Node, QSpec, int], Node] = {}
+        rows: dict[tuple[Node, Rows], Node] = {}
         for node in list(editor.graph.nodes):
-            if self._weight(editor, node):
+            if self._weight(editor, node) or is_op(node, "matmul"):
                 _rows(editor, node, rows)
         layers = {node: recurrent_layer(node) for node in editor.graph.nodes}
         for node, layer in layers.items():
@@ -225,21 +225,22 @@ def _value(editor: Editor, value: Node, spec: QSpec) -> None:
                 editor.replace_use(user, value, fake)
 
 
-def _rows(editor: Editor, node: Node, made: dict[tuple[Node, QSpec, int], Node]) -> None:
+def _rows(editor: Editor, node: Node, made: dict[tuple[Node, Rows], Node]) -> None:
     """What a dynamic op reads; several that read one value in one way share its rounding."""
-    op, config, source = op_of(node), info(node).config, node.args[0]
-    if op is None or op.name not in ROW_DIMS or config is None or config.activation is None:
+    ways = rows_read(node)
+    sources = [source for source in node.args[: len(ways)] if isinstance(source, Node)]
+    if not ways or len(sources) < len(ways):
         return
-    if not wanted(node, "dynamic") or not isinstance(source, Node):
-        return
-    key = (source, config.activation, ROW_DIMS[op.name])
     with editor.rule("fake-quantize-rows"):
-        if key not in made:
-            fake = FakeQuantizeRows(config.activation, info(node).path or node.name, key[2])
-            where = editor.add_module(f"{HOME}.{source.name}_rows", fake)
-            made[key] = editor.call_module(where, (source,), like=source, before=node)
-            editor.note_values(made[key], unit=None, decision=None)
-        editor.set_call(node, node.target, (made[key], *node.args[1:]), dict(node.kwargs))
+        for source, rows in zip(sources, ways, strict=True):
+            if (source, rows) not in made:
+                path = info(node).path or node.name
+                fake = FakeQuantizeRows(rows.spec, path, rows.dims, by_column=rows.by_column)
+                where = editor.add_module(f"{HOME}.{source.name}_rows", fake)
+                made[source, rows] = editor.call_module(where, (source,), like=source, before=node)
+                editor.note_values(made[source, rows], unit=None, decision=None)
+        read = [made[key] for key in zip(sources, ways, strict=True)]
+        editor.set_call(node, node.target, (*read, *node.args[len(ways) :]), dict(node.kwargs))
 
 
 def _dropper(editor: Editor, node: Node, path: str, dropper: nn.Module) -> None:

@@ -4,8 +4,8 @@
         ->  matmul(softmax(attention_scores(matmul(q, transpose(k)), mask)), v)
 
 By default it stays one op in float, which is faster; an override that names the function, such as
-``overrides={F.scaled_dot_product_attention: QConfig()}``, asks for the products, which then run in
-int8 whatever they cost.
+``overrides={F.scaled_dot_product_attention: QConfig()}`` or ``"dynamic"`` in its place, asks for
+the products, which then run in int8 whatever they cost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from fxquant.graph.verify import Stage
 from fxquant.passes.base import Pass
 
 _ATTENTION: Final = "scaled_dot_product_attention"
+_SCHEMES: Final = ("static", "dynamic")
+"""Those that have a form of products."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class OpenAttention(Pass):
                 continue
             record = info(node)
             asked = record.configured_by == f"override {_ATTENTION}"
-            if asked and record.config is not None and record.config.scheme == "static":
+            if asked and record.config is not None and record.config.scheme in _SCHEMES:
                 why = _cannot(node, self.drop)
                 if why is None:
                     self._open(editor, node)

@@ -105,7 +105,7 @@ def advice(op: OpRecord, mode: str = "static", members: Collection[str] = ()) ->
     words = {"path": path, "override": f"{path}: {preset}", "form": form}
     if op.op == "matmul" and op.by == "place":
         return "overrides={torch.matmul: fxquant.QConfig()} runs products of matrices in int8"
-    if "scaled_dot_product_attention" in op.op and "overrides=" in op.why:
+    if op.op.startswith(("matmul", "scaled_dot_product_attention")) and "overrides=" in op.why:
         return "the override named above"
     for part, way in _BY_REASON:
         if part in op.why:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.backends.x86 import X86
+from fxquant.backends.x86_pairs import products_saturate
 from fxquant.errors import CalibrationError, FxQuantWarning, SpeedWarning
 from fxquant.record import Timing, record_of
 from fxquant.report import checks
@@ -79,6 +82,61 @@ def test_attention(backend: str) -> None:
         assert ops["value"]["kernel"] == "X86DynamicLinear"
 
 
+class Scores(nn.Module):
+    """Attention under a causal mask of -1e9 or -inf, of torch or written out."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.qkv, self.out, self.style = nn.Linear(32, 96), nn.Linear(32, 32), style
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        if self.style == "sdpa":
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+            made = F.scaled_dot_product_attention(q, k, v, mask)
+        elif self.style == "bmm":
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            scores = torch.bmm(q, k.mT) / math.sqrt(8) + torch.where(hidden, -1e9, 0.0)
+            made = torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, 4))
+        else:
+            scores = (q @ k.transpose(2, 3) / math.sqrt(8)).masked_fill(hidden, -1e9)
+            made = torch.matmul(scores.softmax(-1), v)
+        return self.out(made.transpose(1, 2).flatten(2))
+
+
+ASKED = {"sdpa": F.scaled_dot_product_attention, "bmm": torch.bmm, "@": torch.matmul}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("style", ASKED)
+def test_products_by_choice(style: str, mode: Any, backend: str) -> None:
+    net, x = seeded(Scores(style)), numbers(2, 9, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpeedWarning)
+        q = fxquant.quantize(
+            net,
+            [x] if mode == "static" else None,
+            mode=mode,
+            example_inputs=x,
+            overrides={ASKED[style]: "dynamic"},
+            backend=backend,
+        )
+    # A mask in a range would leave 0 dB; eight bits four times over leave more than 30.
+    assert sqnr(q(x), net(x)) > 30
+    ops = fxquant.report(q).to_dict()["ops"]
+    found = [op for op in ops if op["op"].startswith("matmul")]
+    assert [op["runs"] for op in found] == ["int8", "int8"]
+    assert all(op["runs"] == "float" for op in ops if "softmax" in op["op"])
+    if backend == "x86" and not products_saturate():
+        assert {op["kernel"] for op in found} == {"X86DynamicProduct"}
+        if mode == "dynamic":
+            assert torch.equal(q(x[1:]), q(x)[1:])
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(other(x), q(x))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish])
 def test_what_follows_comes_after_the_scale(backend: str, act: type[nn.Module]) -> None:
@@ -100,6 +158,29 @@ def test_convs_by_sample(backend: str, rank: int) -> None:
     assert sqnr(q(x), net(x)) > 30
     x[1] *= 100
     assert sqnr(q(x)[0], net(x)[0]) > 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_transposed_convs_by_sample(backend: str, rank: int) -> None:
+    conv = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1]
+    net = nn.Sequential(
+        conv(4, 8, 3, stride=2, padding=1, output_padding=1),
+        norm(8),
+        nn.ReLU(),
+        conv(8, 6, 2, groups=2, dilation=2),
+    ).eval()
+    q = fxquant.quantize(net, mode="dynamic", backend=backend)
+    x = numbers(3, 4, *(5,) * rank) + 1
+    assert sqnr(q(x), net(x)) > 30
+    x[1] *= 100
+    assert sqnr(q(x)[0], net(x)[0]) > 30
+    ops = [op for op in fxquant.report(q).to_dict()["ops"] if op["op"].startswith("conv_transpose")]
+    assert [op["runs"] for op in ops] == ["int8", "int8"]
+    if backend == "x86":
+        assert all(op["kernel"].startswith("X86DynamicConvTranspose") for op in ops)
+        assert torch.equal(q(x[2:]), q(x)[2:])
 
 
 def test_x86_and_reference_agree() -> None:

@@ -183,6 +183,20 @@ def test_torch_fx_records_one_node() -> None:
     assert torch.equal(traced(x), qdq_rows(x, ROWS))
 
 
+def test_columns_are_the_rows_of_the_transposed() -> None:
+    spec = QSpec("int8", symmetric=True, granularity="row", observer="runtime")
+
+    def by_column(x: Tensor) -> Tensor:
+        return quantize_at_run_time(x, 1, "int8", 8, True, True, by_column=True)
+
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(by_column(x), qdq_rows(x.mT, spec).mT)
+    x[1, 2, 3] = math.inf
+    bad = by_column(x).isnan()
+    assert bad[1, :, 3].all() and int(bad.sum()) == 5
+    assert torch.equal(by_column(x[0, 0]), qdq_rows(x[0, 0], spec))
+
+
 def test_eight_bits_keep_thirty_decibels() -> None:
     x = torch.randn(64, 768, generator=torch.Generator().manual_seed(0))
     for spec in (ROWS, SYMMETRIC):

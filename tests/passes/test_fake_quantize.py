@@ -73,6 +73,18 @@ def test_layers_that_are_dynamic_round_their_weight_and_the_rows_they_read() -> 
     assert {user.name for user in relu.users} == {"fake_quant_relu_rows", "add"}
 
 
+def test_products_at_run_time_round_rows_on_the_left_and_columns_on_the_right() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return torch.matmul(m.a(x), x.mT)
+
+    asked = ((torch.matmul, PRESETS["dynamic"]),)
+    module = inserted(One(body, a=nn.Conv2d(4, 4, 3, padding=1)), X, overrides=asked)
+    rows = {n: m.by_column for n, m in module.named_modules() if isinstance(m, FakeQuantizeRows)}
+    assert sorted(rows.values()) == [False, True]
+    left, right = node_of(module, "matmul").all_input_nodes
+    assert (rows[str(left.target)], rows[str(right.target)]) == (False, True)
+
+
 def test_what_several_dynamic_layers_read_is_rounded_once() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         made: Tensor = m.a(x) + m.b(x)

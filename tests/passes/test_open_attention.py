@@ -13,7 +13,7 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
 from fxquant.passes.configure import Configure
 from fxquant.passes.open_attention import OpenAttention
-from fxquant.spec import QConfig
+from fxquant.spec import PRESETS, QConfig
 from tests.helpers import FLOAT32, Calls, canonical, close_share, names, nodes, run
 
 ASKED = ((F.scaled_dot_product_attention, QConfig()),)
@@ -63,6 +63,13 @@ def test_the_products_give_the_same(options: dict[str, Any]) -> None:
     again = Editor(module)
     OpenAttention().run(again)
     assert again.log == []
+
+
+def test_it_opens_for_products_at_run_time_too() -> None:
+    asked = ((F.scaled_dot_product_attention, PRESETS["dynamic"]),)
+    q = torch.randn(2, 3, 5, 4)
+    module = run(canonical(attend(), q, q, q), Configure(overrides=asked), OpenAttention())
+    assert names(module) == OPENED
 
 
 @pytest.mark.parametrize(
