@@ -10,7 +10,7 @@ user's own module and given to it with the call, so that parameters keep their n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -72,7 +72,7 @@ class InsertFakeQuants(Pass):
                 editor.annotate(node, qtype=None)
         observed = sites(editor.graph)
         # Before any is inserted: a fake-quant in between would hide what a value is made of.
-        own = {v: spec for v, spec in observed.items() if not _has_codes_of_source(v)}
+        own = {v: s for v, s in observed.items() if not _has_codes_of_source(v, observed)}
         for value, spec in own.items():
             _value(editor, value, spec)
         rows: dict[tuple[Node, Rows], Node] = {}
@@ -200,12 +200,11 @@ def _norm_of(node: Node) -> Node | None:
     return found[0] if label is not None and found else None
 
 
-def _has_codes_of_source(value: Node) -> bool:
+def _has_codes_of_source(value: Node, observed: Container[Node]) -> bool:
     """``x * 0.5`` has the codes of ``x``: its own rounding would be a second one."""
-    sources = tensor_sources(value)
-    return (
-        wanted_int8(value) and rescaled_by(value) is not None and wanted_int8(root_of(sources[0]))
-    )
+    if not wanted_int8(value) or rescaled_by(value) is None:
+        return False
+    return root_of(tensor_sources(value)[0]) in observed
 
 
 def _value(editor: Editor, value: Node, spec: QSpec) -> None:

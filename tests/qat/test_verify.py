@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigError
+from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.report.verified import OpVerified, Verification
 from fxquant.spec import QConfig, QSpec
 from tests.qat.models import CASES, built, pictures, switch, trained
@@ -159,3 +160,26 @@ def test_bad_data_and_fake_quant_that_is_off_are_refused() -> None:
     switch(prepared, False)
     with pytest.raises(ConfigError, match="fake-quant is off at"):
         fxquant.verify(prepared, converted, [pictures()])
+
+
+class ScaledNorm(nn.Module):
+    """A norm, which is computed in float, is scaled by a number after something was dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.last = nn.LayerNorm(16), nn.Dropout(0.3), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.last(self.drop(self.norm(x)) * 0.25)
+        return made
+
+
+def test_a_number_that_scales_a_float_result_is_rounded_once_in_training_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 16)
+    prepared = fxquant.prepare(ScaledNorm(), mode="qat", example_inputs=(x,))
+    for _ in range(3):
+        prepared.train()(x)
+    assert len([m for m in prepared.modules() if isinstance(m, FakeQuantize)]) == 1
+    found = fxquant.verify(prepared, fxquant.convert(prepared), [x])
+    assert found.ok, str(found)
