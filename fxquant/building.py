@@ -271,7 +271,7 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     def watch(step: Pass, editor: Editor) -> None:
         if step.name == "read-ranges":
             made.inputs = example_of(editor.module) or record.inputs
-        if step.name in ("convert", "cast-floats"):
+        if step.name == "cast-floats":
             made.ops = read_ops(editor.graph)
 
     # After the summaries: the copy takes along the ranges they found.

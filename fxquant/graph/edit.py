@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.info import NodeInfo, info, write_info
-from fxquant.graph.op_table import module_of, op_of
+from fxquant.graph.op_table import op_of
 from fxquant.graph.ops import Kind, Op
+from fxquant.graph.places import UsedPlaces
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,9 @@ class Editor:
         for node in reversed(self.graph.nodes):
             if not node.users and is_removable(node):
                 self.erase(node)
-        self.drop_unused_modules()
-        _drop_unread_tensors(self.module)
+        used = self._used()
+        self._drop_modules(used)
+        _drop_unread_tensors(self.module, used)
 
     def drop_unused_modules(self) -> None:
         """Take out submodules that no node calls or reads from, as torch.fx would.
@@ -342,28 +343,27 @@ class Editor:
         :meth:`torch.fx.GraphModule.delete_all_unused_submodules` looks every name up in a list,
         which takes seconds where there are thousands.
         """
-        used: set[str] = set()
-        for node in self.graph.nodes:
-            if node.op not in _NAMES_A_PLACE:
-                continue
-            used.update(itertools.accumulate(str(node.target).split("."), "{}.{}".format))
-            if node.op == "call_module" and _stands(self.module, str(node.target)):
-                inner = (name for name, _ in module_of(node).named_modules() if name)
-                used.update(f"{node.target}.{name}" for name in inner)
-        for name in [name for name, _ in self.module.named_modules() if name not in used]:
+        self._drop_modules(self._used())
+
+    def _used(self) -> UsedPlaces:
+        """The places that nodes name."""
+        nodes = (node for node in self.graph.nodes if node.op in _NAMES_A_PLACE)
+        return UsedPlaces(str(node.target) for node in nodes)
+
+    def _drop_modules(self, used: UsedPlaces) -> None:
+        for name in [n for n, _ in self.module.named_modules() if not used.has(n)]:
             self.module.delete_submodule(name)
 
 
-def _drop_unread_tensors(module: GraphModule) -> None:
+def _drop_unread_tensors(module: GraphModule, used: UsedPlaces) -> None:
     """A weight given to ``F.linear`` stays where the user keeps it after a layer has taken it."""
-    used = {str(node.target) for node in module.graph.nodes if node.op in _NAMES_A_PLACE}
     for path, owner in module.named_modules():
-        parts = path.split(".") if path else []
-        if any(".".join(parts[: count + 1]) in used for count in range(len(parts))):
+        if used.inside(path):
             continue
         for registry in (owner._parameters, owner._buffers):
             held = [name for name, tensor in registry.items() if tensor is not None]
-            for name in [n for n in held if ".".join((*parts, n)) not in used]:
+            prefix = f"{path}." if path else ""
+            for name in [n for n in held if f"{prefix}{n}" not in used.named]:
                 delattr(owner, name)
 
 

@@ -8,6 +8,7 @@ arguments as keywords, defaults written out.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class Op:
         """``arguments`` in the one way to say them: ``stride=None`` of a pool is its kernel."""
         return arguments if self.tidy is None else self.tidy(arguments)
 
-    @property
+    @functools.cached_property
     def options(self) -> tuple[str, ...]:
         """Names of the parameters that are not tensors."""
         return tuple(name for name in self.signature.parameters if name not in self.tensors)

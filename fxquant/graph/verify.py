@@ -6,13 +6,15 @@ which codes it expects (``reads``, or the arguments of its ``dequantize``); the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import VerifyError
-from fxquant.graph.info import QType, info
+from fxquant.graph.info import NodeInfo, QType, info
+from fxquant.graph.lint import malformed
 from fxquant.graph.op_table import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
@@ -20,12 +22,12 @@ from fxquant.graph.op_table import (
     RUN_TIME,
     argument,
     function_spelling,
-    is_op,
     method_spelling,
     module_of,
     op_of,
 )
-from fxquant.graph.view import around, flat_nodes, is_given, units
+from fxquant.graph.ops import Op
+from fxquant.graph.view import around, flat_nodes, is_given, labelled
 
 
 class Stage(IntEnum):
@@ -41,6 +43,10 @@ class Stage(IntEnum):
     LOWERED = 7
 
 
+_Check = Callable[[Node, NodeInfo, Op | None], str | None]
+"""Looks at a node, its record, and the op that it calls as a function; says what is wrong."""
+
+
 def verify(module: GraphModule, stage: Stage, by: str) -> None:
     """Check that a graph keeps the promises of its stage.
 
@@ -52,12 +58,10 @@ def verify(module: GraphModule, stage: Stage, by: str) -> None:
     Raises:
         VerifyError: a promise is broken; the message shows the graph around the culprit.
     """
-    try:
-        module.graph.lint()
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise VerifyError(f"after pass {by!r} the graph is malformed: {error}") from error
-    _check_names(module, by)
-    checks = []
+    wrong = malformed(module)
+    if wrong is not None:
+        raise VerifyError(f"after pass {by!r} the graph is malformed: {wrong}")
+    checks: list[_Check] = []
     if stage >= Stage.CANONICAL:
         checks.append(_not_canonical)
     if stage >= Stage.MEASURED:
@@ -69,8 +73,10 @@ def verify(module: GraphModule, stage: Stage, by: str) -> None:
     if stage >= Stage.LOWERED:
         checks.append(_wrong_overwrite)
     for node in module.graph.nodes:
+        # Asked once for all checks. What calls of modules mean takes longer, and none asks.
+        record, op = info(node), op_of(node) if node.op == "call_function" else None
         for check in checks:
-            why = check(node)
+            why = check(node, record, op)
             if why is not None:
                 raise VerifyError(_message(node, stage, by, why))
     if Stage.FUSED <= stage < Stage.QDQ:
@@ -86,22 +92,13 @@ def _message(node: Node, stage: Stage, by: str, why: str) -> str:
     )
 
 
-def _check_names(module: GraphModule, by: str) -> None:
-    seen: dict[str, Node] = {}
-    for node in module.graph.nodes:
-        if node.name in seen:
-            raise VerifyError(f"after pass {by!r} two nodes are called %{node.name}")
-        seen[node.name] = node
-
-
-def _not_canonical(node: Node) -> str | None:
+def _not_canonical(node: Node, record: NodeInfo, op: Op | None) -> str | None:
     """One spelling per op: whatever the table can read must be in canonical form."""
-    record = info(node)
     if record.opaque or record.value in ("scalar", "sizes"):
         return None
     if node.op == "call_method" and method_spelling(str(node.target)) is not None:
         return f".{node.target}() is a spelling of {method_spelling(str(node.target))[0].name}"  # type: ignore[index]  # asked for in the condition
-    if node.op == "call_function" and op_of(node) is None:
+    if op is None and node.op == "call_function":
         found = function_spelling(node.target)
         if found is not None:
             return f"it is another spelling of {found[0].name}"
@@ -112,16 +109,16 @@ def _is_observer(node: Node) -> bool:
     return node.op == "call_module" and getattr(module_of(node), "is_observer", False) is True
 
 
-def _still_observed(node: Node) -> str | None:
+def _still_observed(node: Node, record: NodeInfo, op: Op | None) -> str | None:
+    del record, op
     if _is_observer(node):
         return "an observer is left after calibration was read"
     return None
 
 
-def _too_early(node: Node) -> str | None:
-    if node.op == "call_function" and is_op(
-        node, QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME
-    ):
+def _too_early(node: Node, record: NodeInfo, op: Op | None) -> str | None:
+    del node, record
+    if op is not None and op.name in (QUANTIZE, DEQUANTIZE, DEQUANTIZE_WEIGHT, RUN_TIME):
         return "quantize and dequantize may only appear once ranges are known"
     return None
 
@@ -137,17 +134,15 @@ def boundary_type(node: Node) -> QType:
     )
 
 
-def _wrong_edge(node: Node) -> str | None:
-    record = info(node)
-    if node.op == "output":
-        coded = [n for n in flat_nodes(node.args) if info(n).writes is not None]
-        return f"it returns codes of %{coded[0].name}" if coded else None
-    if node.op == "call_function" and is_op(node, DEQUANTIZE, DEQUANTIZE_WEIGHT):
+def _wrong_edge(node: Node, record: NodeInfo, op: Op | None) -> str | None:
+    if op is not None and op.name in (DEQUANTIZE, DEQUANTIZE_WEIGHT):
         return None
-    sources = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
-    if record.reads is None:
-        coded = [n for n in sources if info(n).writes is not None]
+    if record.reads is None or node.op == "output":
+        coded = [n for n in node.all_input_nodes if info(n).writes is not None]
+        if coded and node.op == "output":
+            return f"it returns codes of %{coded[0].name}"
         return f"it reads the codes of %{coded[0].name} as numbers" if coded else None
+    sources = flat_nodes((node.args, tuple(node.kwargs.values())))
     wanted = [source for source in sources if info(source).value not in ("scalar", "sizes")]
     if len(wanted) != len(record.reads):
         return f"it declares {len(record.reads)} inputs and has {len(wanted)}"
@@ -158,16 +153,14 @@ def _wrong_edge(node: Node) -> str | None:
     return None
 
 
-def _wrong_boundary(node: Node) -> str | None:
-    written = info(node).writes
-    if node.op != "call_function":  # most are calls of modules, and reading those takes longer
-        return _bad_qtype(written) if written is not None else None
-    if is_op(node, QUANTIZE):
+def _wrong_boundary(node: Node, record: NodeInfo, op: Op | None) -> str | None:
+    written = record.writes
+    if op is not None and op.name == QUANTIZE:
         made = boundary_type(node)
-        if info(node).writes != made:
-            return f"its record says {info(node).writes}, its arguments say {made}"
+        if written != made:
+            return f"its record says {written}, its arguments say {made}"
         return _bad_qtype(made)
-    if is_op(node, DEQUANTIZE):
+    if op is not None and op.name == DEQUANTIZE:
         source = node.args[0]
         found = info(source).writes if isinstance(source, Node) else None
         if found is None:
@@ -189,8 +182,9 @@ def _bad_qtype(qtype: QType) -> str | None:
     return None
 
 
-def _wrong_overwrite(node: Node) -> str | None:
+def _wrong_overwrite(node: Node, record: NodeInfo, op: Op | None) -> str | None:
     """An op that overwrites an input must be the last to read it."""
+    del record, op
     place = node.meta.get("overwrites")
     if place is None:
         return None
@@ -202,9 +196,10 @@ def _wrong_overwrite(node: Node) -> str | None:
 
 
 def _check_units(module: GraphModule, stage: Stage, by: str) -> None:
-    for unit in units(module.graph):
-        inside = dict.fromkeys(unit.nodes)
-        for node in unit.nodes[:-1]:
+    # Read by their labels: what else is known of units plays no part, and takes longer to find.
+    for nodes in labelled(module.graph).values():
+        inside = dict.fromkeys(nodes)
+        for node in nodes[:-1]:
             if is_given(node):
                 continue
             # What only watches during calibration is gone before the unit becomes one op.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.fx import Graph, Node
 
 from fxquant.graph.info import CustomUnit, info
 from fxquant.graph.op_table import module_of, op_of
-from fxquant.graph.ops import Kind
+from fxquant.graph.ops import Kind, Op
 from fxquant.lazy import lazy_module
 from fxquant.text import harmless
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import networkx as nx
 else:
     nx = lazy_module("networkx")
+
+
+_NUMBERS: Final = ("scalar", "sizes")
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,20 @@ def _collect(values: Iterable[Any], found: list[Node]) -> None:
 def tensor_sources(node: Node) -> tuple[Node, ...]:
     """The nodes a canonical call reads as tensors, in argument order, with repeats."""
     op = op_of(node)
-    if op is None:
-        return ()
-    if node.op == "call_module":
-        return tuple(flat_nodes(node.args))
-    return tuple(flat_nodes(node.args[: len(op.tensors)]))
+    return () if op is None else _read_by(node, op)
+
+
+def _read_by(node: Node, op: Op) -> tuple[Node, ...]:
+    given = node.args if node.op == "call_module" else node.args[: len(op.tensors)]
+    found: list[Node] = []
+    _collect(given, found)
+    return tuple(found)
 
 
 def on_integers(node: Node) -> bool:
     """Whether a call makes integers or booleans of integers: positions, masks, indices."""
     return info(node).integral and all(
-        info(source).integral or info(source).value in ("scalar", "sizes")
-        for source in node.all_input_nodes
+        info(source).integral or info(source).value in _NUMBERS for source in node.all_input_nodes
     )
 
 
@@ -115,11 +120,28 @@ def constant_values(graph: Graph) -> dict[Node, None]:
     """The values that depend on parameters and buffers alone, and on sizes at most."""
     found: dict[Node, None] = {}
     for node in graph.nodes:
-        sources = tensor_sources(node)
-        computed = node.op == "call_function" and sources and all(s in found for s in sources)
-        if node.op == "get_attr" or computed:
+        kind = node.op
+        if kind == "get_attr":
             found[node] = None
+        elif (
+            kind == "call_function" and found and not found.keys().isdisjoint(node.all_input_nodes)
+        ):
+            sources = tensor_sources(node)
+            if sources and all(source in found for source in sources):
+                found[node] = None
     return found
+
+
+def labelled(graph: Graph) -> dict[str, list[Node]]:
+    """The members of every unit of several nodes, by its label, in graph order."""
+    labels = {info(node).unit for node in graph.nodes}
+    members: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        record = info(node)
+        label = record.unit or node.name
+        if label in labels and record.value not in _NUMBERS and op_of(node) is not None:
+            members.setdefault(label, []).append(node)
+    return members
 
 
 def units(graph: Graph) -> tuple[Unit, ...]:
@@ -129,21 +151,24 @@ def units(graph: Graph) -> tuple[Unit, ...]:
     float, where it is exact. What is joined with codes, or multiplied as a matrix, is one.
     """
     constants = constant_values(graph)
-    members: dict[str, list[Node]] = {}
+    members: dict[str, dict[Node, Op]] = {}
     for node in graph.nodes:
-        if op_of(node) is not None and info(node).value not in ("scalar", "sizes"):
-            members.setdefault(info(node).unit or node.name, []).append(node)
+        record = info(node)
+        op = op_of(node) if record.value not in _NUMBERS else None
+        if op is not None:
+            members.setdefault(record.unit or node.name, {})[node] = op
     found: dict[Node, Unit] = {}
-    for nodes in members.values():
-        inside = dict.fromkeys(nodes)
+    for inside in members.values():
         edges = tuple(
-            Edge(node, source)
-            for node in nodes
-            for source in tensor_sources(node)
-            if source not in inside and not (source in constants and _computes(node))
+            [
+                Edge(node, source)
+                for node, op in inside.items()
+                for source in _read_by(node, op)
+                if source not in inside and not (source in constants and op.kind is Kind.ARITH)
+            ]
         )
-        found[nodes[-1]] = Unit(tuple(nodes), edges)
-    return tuple(found[node] for node in graph.nodes if node in found)
+        found[next(reversed(inside))] = Unit(tuple(inside), edges)
+    return tuple([found[node] for node in graph.nodes if node in found])
 
 
 def single_user(node: Node) -> Node | None:
@@ -240,8 +265,3 @@ def to_networkx(graph: Graph) -> nx.MultiDiGraph[str]:
 def _contracts(node: Node) -> bool:
     op = op_of(node)
     return op is not None and op.kind is Kind.CONTRACT
-
-
-def _computes(node: Node) -> bool:
-    op = op_of(node)
-    return op is not None and op.kind is Kind.ARITH

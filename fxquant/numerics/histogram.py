@@ -115,8 +115,9 @@ class HistogramObserver(Observer):
         old_exponent, old_first = self.grid.tolist()
         if (exponent, first) == (old_exponent, old_first):
             return
-        place, counts = _moved(self.bins, (old_exponent, old_first), (exponent, first))
-        self.bins.zero_().index_add_(0, place, counts)
+        if self.seen:
+            place, counts = _moved(self.bins, (old_exponent, old_first), (exponent, first))
+            self.bins.zero_().index_add_(0, place, counts)
         self.grid.copy_(torch.tensor([exponent, first]))
 
     def _forget(self) -> None:

@@ -55,6 +55,11 @@ def fits_int32(
         >>> [fits_int32(torch.full((1, count), 127), 255) for count in (66311, 66312)]
         [True, False]
     """
+    # Sums that are short enough fit whatever the codes are, and then none has to be looked at.
+    ends = torch.iinfo(weight_codes.dtype)
+    length = weight_codes.numel() // max(1, weight_codes.shape[axis])
+    if max(-ends.min, ends.max) * act_max_abs * length + bias_max_abs <= INT32_MAX:
+        return True
     return accumulator_bound(weight_codes, act_max_abs, axis) + bias_max_abs <= INT32_MAX
 
 

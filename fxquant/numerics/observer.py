@@ -290,8 +290,11 @@ class Observer(Watcher):
         """
         if self.axis is None:
             # Without dim= the reduction runs on all threads.
-            pieces = [piece.aminmax() for piece in values.split(CHUNK)]
-            lows, highs = (torch.stack(ends) for ends in zip(*pieces, strict=True))
+            if values.numel() <= CHUNK:
+                lows, highs = (end.view(1) for end in values.aminmax())
+            else:
+                pieces = [piece.aminmax() for piece in values.split(CHUNK)]
+                lows, highs = (torch.stack(ends) for ends in zip(*pieces, strict=True))
         else:
             # Two reductions: aminmax(dim=), in one, takes several times as long on CPUs.
             lows, highs = values.amin(1), values.amax(1)
@@ -302,7 +305,8 @@ class Observer(Watcher):
 
     def _overall(self, ends: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
         """Reduce the ends of pieces to that of the tensor, [1]; those of channels stay."""
-        return ends if self.axis is not None else reduce(ends, 0, keepdim=True)
+        whole = self.axis is not None or ends.numel() == 1
+        return ends if whole else reduce(ends, 0, keepdim=True)
 
     def _fit_channels(self, lows: Tensor) -> None:
         if self.axis is None or self.low.shape == lows.shape:
