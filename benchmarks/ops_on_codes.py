@@ -4,6 +4,9 @@ Run as ``python -m benchmarks.ops_on_codes``. For every op: the float op alone, 
 a ``dequantize`` and a ``quantize``, and the kernel on codes; medians of interleaved rounds, two
 threads, in microseconds. An op between int8 layers is worth it on codes where the last column is
 below one.
+
+A second table is of rows quantized at run time: by the rule in eager torch, as dynamic linears do
+it on x86, a part of that, and for comparison one pass over the same memory.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from fxquant.backends.x86_norms import StatisticsCodes
 from fxquant.backends.x86_ops import PairCodes, TableCodes
 from fxquant.backends.x86_real import AffineCodes, RealCodes, SlopeCodes, SoftmaxCodes
 from fxquant.backends.x86_reduce import AverageCodes
+from fxquant.backends.x86_row_codes import RowCodes
 from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose
 from fxquant.graph.info import QType
 from fxquant.numerics.affine import dequantize, quantize
+from fxquant.numerics.dynamic import byte_rows, byte_scales
+from fxquant.spec import ROWS
 
 READS = QType(0.02, 117, 0, 255, torch.uint8)
 WRITES = QType(0.03, 121, 0, 255, torch.uint8)
@@ -178,13 +184,32 @@ HEADERS = (
 )
 
 
+ROW_HEADERS = ("rows", "width", "the rule us", "RowCodes us", "of it scales us", "one pass us")
+
+
+def rows_at_run_time(count: int, width: int) -> list[object]:
+    """One line of the second table."""
+    x, room = torch.randn(count, width), torch.empty(count, width)
+    fused = RowCodes(width, ROWS)
+    found = measure({
+        "rule": lambda: byte_rows(x, ROWS),
+        "fused": lambda: fused(x),
+        "scales": lambda: byte_scales(x, ROWS),
+        "pass": lambda: torch.mul(x, 0.5, out=room),
+    })  # fmt: skip
+    return [count, width, *(round(spent, 1) for spent in found.values())]
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     torch.set_num_threads(2)
     rows, image = codes_of(1, 197, 768), codes_of(1, 64, 56, 56)
     cases = [*norms(rows, image), *averages(image), *arithmetic(image), *transposed()]
     with torch.no_grad():
         print(tabulate([row(case) for case in cases], headers=HEADERS, disable_numparse=True))
+        sizes = ((1, 768), (128, 768), (128, 3072), (1024, 768))
+        table = [rows_at_run_time(*size) for size in sizes]
+        print("\n" + tabulate(table, headers=ROW_HEADERS, disable_numparse=True))
 
 
 if __name__ == "__main__":

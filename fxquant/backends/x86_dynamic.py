@@ -6,7 +6,8 @@ row with scale ``s`` and zero point ``z`` and a weight ``w`` with scale ``t`` th
 
     s * (t * sum(codes * w) - z * t * sum(w)) + bias
 
-in which the integer sum is exact; two more passes over the result, in place.
+in which the integer sum is exact; two more passes over the result, in place. Rows become codes in
+one pass, besides the two that find their ends, where :mod:`fxquant.backends.x86_row_codes` can.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86_layers import Geometry, PostOp, X86Layer
+from fxquant.backends.x86_row_codes import RowCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.dynamic import byte_rows
 from fxquant.spec import QSpec
@@ -60,9 +62,11 @@ class X86DynamicLinear(X86Layer):
     def pack(self) -> None:
         """Reorder the weight, and add up its columns."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
-        self._head = (_sums(self.weight, self.weight_scale).unsqueeze(0),)
+        rows = RowCodes(self.weight_shape[1], self.spec)
+        self._head = (_sums(self.weight, self.weight_scale).unsqueeze(0), rows)
         self._kernel = _ONEDNN.qlinear_pointwise.default
-        self._call = (1.0, 0, self.packed_linear(), self.weight_scale, zeros, None, *_FLOAT)
+        packed = self.packed_linear(rows.extra)
+        self._call = (1.0, 0, packed, self.weight_scale, zeros, None, *_FLOAT)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """One quantization and one product; ``x`` floating ``[..., inputs]``."""
@@ -75,9 +79,10 @@ class X86DynamicLinear(X86Layer):
         return made if len(self.sizes) == 1 else made.split(self.sizes, dim=-1)
 
     def _product(self, rows: Tensor) -> Tensor:
-        codes, scale, zero_point = byte_rows(rows, self.spec)
+        sums, quantized = self._head
+        codes, scale, zero_point = quantized(rows)
         made: Tensor = self._kernel(codes, *self._call)
-        made.addcmul_(zero_point, self._head[0], value=-1)
+        made.addcmul_(zero_point, sums, value=-1)
         if self.bias is None:
             return made.mul_(scale)
         return torch.addcmul(self.bias, made, scale, out=made)

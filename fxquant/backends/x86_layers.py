@@ -8,6 +8,7 @@ which the plain one can be had back: two forms of a weight would be half as larg
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -103,18 +104,23 @@ class X86Layer(nn.Module):
             return plain
         if self.packed is None:
             raise TypeError(f"this {type(self).__name__} has no weight")
-        return unpacked_linear(self.packed).view(self.weight_shape)
+        inputs = math.prod(self.weight_shape[1:])
+        return unpacked_linear(self.packed)[:, :inputs].contiguous().view(self.weight_shape)
 
     def pack(self) -> None:
         """Rebuild what the kernel wants from the buffers."""
         raise TypeError(f"{type(self).__name__} does not define pack()")
 
-    def packed_linear(self) -> Tensor:
-        """The weight as the linear kernel wants it; from now on the only form that is kept."""
+    def packed_linear(self, extra: int = 0) -> Tensor:
+        """The weight as the linear kernel wants it; from now on the only form that is kept.
+
+        Args:
+            extra: inputs that the kernel is given more, and is to multiply by 0.
+        """
         plain = self._buffers["weight"]
         if plain is None and self.packed is not None:
             return self.packed
-        matrix = self.weight.flatten(1)
+        matrix = F.pad(self.weight.flatten(1), (0, extra)) if extra else self.weight.flatten(1)
         packed: Tensor = _ONEDNN.qlinear_prepack(matrix, None)
         self.packed = packed
         if unpacks_exactly():

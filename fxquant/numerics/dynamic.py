@@ -99,6 +99,26 @@ def byte_rows(x: Tensor, spec: QSpec, dims: int = 1) -> tuple[Tensor, Tensor, Te
     return _codes(x, spec, dims, torch.uint8)
 
 
+def byte_scales(x: Tensor, spec: QSpec, dims: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the scales and zero points of :func:`byte_rows`, both float32.
+
+    Args:
+        x: as for :func:`row_qparams`; not modified.
+        spec: as for :func:`byte_rows`.
+        dims: as for :func:`row_qparams`.
+
+    Raises:
+        QParamError: ``x`` has fewer than ``dims`` dimensions.
+
+    Example:
+        >>> from fxquant.spec import ROWS
+        >>> byte_scales(torch.tensor([[-1.0, 1.55]]), ROWS)[1]
+        tensor([[100.]])
+    """
+    scale, zero_point = _float_qparams(_real(x), spec, dims)
+    return scale, zero_point.add_(128.0) if spec.dtype == "int8" else zero_point
+
+
 def _codes(x: Tensor, spec: QSpec, dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x = _real(x)
     scale, zero_point = _float_qparams(x, spec, dims)
@@ -211,10 +231,12 @@ def _float_qparams(x: Tensor, spec: QSpec, dims: int) -> tuple[Tensor, Tensor]:
         # Not (high - low) / steps, which overflows where a row spans more than float32 does.
         scale = high.clamp_(min=0.0).div_(steps).sub_(low / steps)
     # Infinity times 0 is NaN, and any other number plus 0 is itself.
-    scale.add_(scale * 0.0).clamp_(min=SMALLEST_SCALE)
+    scale.add_(scale, alpha=0.0).clamp_(min=SMALLEST_SCALE)
     if spec.symmetric:
         return scale, torch.full_like(scale, middle)
-    zero_point = low.div_(scale).round_().neg_().add_(spec.quant_min)
+    zero_point = low.div_(scale).round_().neg_()
+    if spec.quant_min:
+        zero_point.add_(spec.quant_min)
     return scale, zero_point.nan_to_num_(nan=spec.quant_min)
 
 

@@ -1,0 +1,92 @@
+"""Rows of numbers become rows of bytes in one pass over memory.
+
+Eager torch takes four passes to divide, clamp, round and narrow. FBGEMM has them in one, to
+quantize tables of embeddings by row: of a row and of the numbers that the codes 0 and 255 stand for
+it makes ``round_half_even((x - low) * (255 / (high - low)))``. It neither takes nor gives a
+quantized tensor type. The ends of a row are what :mod:`fxquant.numerics.dynamic` chose, so that
+its codes are those of the rule but where a number lies within 2**-12 steps of a half.
+
+Behind each row it writes eight bytes more, scale and lower end. They are left there: who
+multiplies codes with a weight gives them weights of 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fxquant.numerics.dynamic import byte_rows, byte_scales
+from fxquant.spec import QSpec
+
+_EXTRA: Final = 8
+_BLOCK: Final = 32
+"""The kernel saturates whole blocks of so many codes, and lets others wrap around."""
+_CODES: Final = torch.tensor([[0.0, 255.0]])
+_EPSILON: Final = torch.tensor([[0.0, -1e-8]])
+"""What the kernel adds to the width of a row is taken from it beforehand."""
+_SCALES: Final = (2.0**-30, 2.0**119)
+"""Below the first that leaves too few digits; above the second the width of a row overflows."""
+
+
+class RowCodes:
+    """Quantizes rows of ``width`` numbers as :func:`fxquant.numerics.dynamic.byte_rows` does.
+
+    Args:
+        width: how long a row is.
+        spec: how it is quantized.
+
+    Example:
+        >>> from fxquant.spec import ROWS
+        >>> codes, scale, zero_point = RowCodes(2, ROWS)(torch.tensor([[0.0, 25.5], [-1.0, 1.55]]))
+        >>> codes
+        tensor([[  0, 255],
+                [  0, 255]], dtype=torch.uint8)
+    """
+
+    def __init__(self, width: int, spec: QSpec) -> None:
+        fits = spec.bits == 8 and width > 0 and width % _BLOCK == 0
+        self._kernel = _fused() if fits else None
+        self._width, self._spec = width, spec
+        self.extra = 0 if self._kernel is None else _EXTRA
+        """How many bytes without a meaning follow the codes of a row."""
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes ``[rows, width + extra]``, scales and zero points of floats ``[rows, width]``."""
+        if self._kernel is None:
+            return byte_rows(rows, self._spec)
+        if torch.compiler.is_compiling():  # compilers do not know the kernel
+            codes, scale, zero_point = byte_rows(rows, self._spec)
+            return torch.nn.functional.pad(codes, (0, _EXTRA)), scale, zero_point
+        rows = rows.detach().to(torch.float32)
+        scale, zero_point = byte_scales(rows, self._spec)
+        ends = torch.addcmul(_EPSILON, _CODES - zero_point, scale)
+        codes = self._kernel(rows, ends.expand(rows.shape[0], 2))
+        odd = scale != scale.clamp(*_SCALES)
+        if odd.any():
+            self._by_the_rule(codes, rows, odd.flatten())
+        return codes, scale, zero_point
+
+    def _by_the_rule(self, codes: Tensor, rows: Tensor, which: Tensor) -> None:
+        """Write the codes of a few rows over."""
+        if self._spec.granularity == "row":
+            codes[which, : self._width] = byte_rows(rows[which], self._spec)[0]
+        else:
+            codes[:, : self._width] = byte_rows(rows, self._spec)[0]
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """FBGEMM's kernel, if this torch has it and it computes what is expected of it."""
+    try:
+        kernel = torch.ops.quantized.embedding_bag_byte_prepack_with_rowwise_min_max.default
+        steps = torch.arange(-1.0, 255.0).repeat(2, 1).add_(0.25)
+        found: Tensor = kernel(steps * 0.5, torch.tensor([[0.0, 127.5], [-0.5, 127.0]]))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    wanted = torch.stack([steps[0].clamp(min=0.0), steps[1] + 1.0]).round().to(torch.uint8)
+    same = found.shape == (2, 256 + _EXTRA) and torch.equal(found[:, :256], wanted)
+    return kernel if same else None
