@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None, loaded: Callable[[Path], Pictures] = loa
         help="folder with train8k.npz and val2k.npz",
     )  # fmt: skip
     args_parser.add_argument("--network", choices=NETWORKS, default=NETWORKS[0])
-    args_parser.add_argument("--weights", choices=list(WEIGHTS), default="3-bit")
+    args_parser.add_argument("--weights", choices=list(WEIGHTS), default="4-bit")
     args_parser.add_argument("--epochs", type=int, help="of float training; default: the recipe's")
     args_parser.add_argument("--qat-epochs", type=int, default=6)
     args_parser.add_argument("--rate", type=float, default=0.01, help="peak learning rate of QAT")

@@ -87,12 +87,13 @@ def capture_both(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     _refuse_parametrizations(model)
     model, drops = with_stand_ins(model)
     train = capture(model, args, kwargs, train=True)
-    if train.rung != SYMBOLIC:
-        raise TraceError(
-            f"{type(model).__name__} cannot be trained as one graph: {train.why}. Move what cannot "
-            "be traced out of the model, or prepare the submodules that can on their own"
-        )
     evaluated = capture(model, args, kwargs, evaluate=True)
+    for each in (train, evaluated):
+        if each.rung != SYMBOLIC:
+            raise TraceError(
+                f"{type(model).__name__} cannot be trained as one graph: {each.why}. Move what "
+                "cannot be traced out of the model, or prepare the submodules that can on their own"
+            )
     droppers = _compare(train.module, evaluated.module)
     if train.root is not None:
         take_out(train.root, drops)
