@@ -202,7 +202,6 @@ def check_trained(prepared: nn.Module) -> None:
     Raises:
         CalibrationError: no fake-quant has seen data; a weight or a statistic is not finite.
     """
-    _check_steps(prepared)
     fakes = [m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.floating]
     unseen = [fake.path for fake in fakes if not fake.seen]
     if fakes and len(unseen) == len(fakes):
@@ -225,20 +224,6 @@ def check_trained(prepared: nn.Module) -> None:
             "one step, or call fxquant.calibrate(prepared, data)",
             CalibrationWarning,
         )
-
-
-def _check_steps(prepared: nn.Module) -> None:
-    """Refuse learned scales that training brought out of their range."""
-    for name, fake in prepared.named_modules():
-        if not isinstance(fake, FakeQuantizer) or not fake.spec.learned:
-            continue
-        least = float(fake.scale.detach().min())
-        if least <= 0.0:  # what is not finite is found with all other tensors
-            raise CalibrationError(
-                f"{name}.scale is {least:.3g}, and a scale is positive: training brought the "
-                f"learned scale of {fake.path} out of its range. Give the parameters under "
-                "'fake_quant.' a lower learning rate and no weight decay"
-            )
 
 
 class _Shapes(fx.Interpreter):

@@ -68,14 +68,22 @@ class FakeQuantizer(nn.Module):
         with torch.no_grad():
             self.switches.copy_(torch.tensor([self.observing, self.quantizing], dtype=torch.uint8))
 
+    def scale_in_use(self) -> Tensor:
+        """The scale that values are rounded with.
+
+        A step of training may bring a learned one below 0, where it would stay and let nothing
+        through. It counts by its size, so that the next steps can correct it.
+        """
+        return self.scale.abs().clamp(min=SMALLEST_SCALE) if self.spec.learned else self.scale
+
     def qparams(self) -> QParams:
         """The scales and zero points in use now.
 
         Raises:
-            QParamError: training brought one of them out of its range: NaN, or not positive.
+            QParamError: training brought one of them out of its range: it is not finite.
         """
         low, high = self.spec.quant_min, self.spec.quant_max
-        scale = self.scale.detach().to("cpu", torch.float32)
+        scale = self.scale_in_use().detach().to("cpu", torch.float32)
         zero = self.zero_point.detach().to("cpu").round().clamp(low, high).to(torch.int32)
         dtype = _STORAGE[self.spec.dtype]
         return QParams(scale.clone(), zero, low, high, dtype, self.axis)
@@ -96,7 +104,6 @@ class FakeQuantizer(nn.Module):
         low, high = self.spec.quant_min, self.spec.quant_max
         share = 1.0 / math.sqrt(max(1, count * high)) if self.spec.learned else 1.0
         if self.spec.learned:
-            step = step.clamp(min=SMALLEST_SCALE)
             zero = zero.clamp(low, high)
         return fake_quantize_trained(x, step, zero, low, high, share)
 
@@ -120,7 +127,8 @@ class FakeQuantize(FakeQuantizer, Watcher):
     The range is a moving average of minimum and maximum (of a spec with ``observer="minmax"``: the
     widest so far). It moves only in training mode: evaluation changes nothing. Batches with NaN
     or infinity, which loss scaling skips, leave it as it is; in calibration they are an error.
-    Under ``torch.distributed`` all ranks use the range of the whole batch.
+    Under ``torch.distributed`` all ranks use the range of the whole batch. Until a range is known
+    values pass as they are.
 
     Args:
         spec: what the tensor is to become.
@@ -140,6 +148,8 @@ class FakeQuantize(FakeQuantizer, Watcher):
         super().__init__(spec, path)
         self.floating = True
         self.calibrating = False
+        # Whether there is a range, for code that is compiled: it cannot branch on a tensor.
+        self.started = False
         self._steps: list[tuple[Tensor, Tensor]] | None = None
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros(1))
@@ -157,10 +167,10 @@ class FakeQuantize(FakeQuantizer, Watcher):
             return x
         if self.observing and (self.training or self.calibrating):
             self._observe(x.detach())
-        if self.calibrating or not self.quantizing:
+        if self.calibrating or not self.quantizing or not self.started:
             return x
         count = x.numel() // x.shape[0] if x.dim() and x.shape[0] else 1
-        return self._fake(x, self.scale, self.zero_point, count)  # type: ignore[return-value]  # T is Tensor here
+        return self._fake(x, self.scale_in_use(), self.zero_point, count)  # type: ignore[return-value]  # T is Tensor here
 
     def start(self, found: QParams) -> None:
         """Begin with what calibration found; from there it goes on as after a first batch.
@@ -173,6 +183,7 @@ class FakeQuantize(FakeQuantizer, Watcher):
             self.low.copy_(low)
             self.high.copy_(high)
             self.batches.fill_(1)
+            self.started = True
             self._choose()
             if (found.quant_min, found.quant_max) == (self.spec.quant_min, self.spec.quant_max):
                 self._set(found.scale, found.zero_point)
@@ -224,6 +235,7 @@ class FakeQuantize(FakeQuantizer, Watcher):
                 self._steps.append((low.cpu(), high.cpu()))
 
     def _follow(self, low: Tensor, high: Tensor) -> None:
+        self.started = True
         with torch.no_grad():
             usable = torch.isfinite(low) & torch.isfinite(high)
             first = self.batches == 0
@@ -248,6 +260,12 @@ class FakeQuantize(FakeQuantizer, Watcher):
             scale = torch.where(only, scale, self.scale)
             zero = torch.where(only, zero, self.zero_point)
         self._set(scale, zero)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.started = self.seen
 
 
 def steps_of(low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:

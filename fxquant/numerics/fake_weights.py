@@ -91,7 +91,7 @@ class FakeQuantizeWeight(FakeQuantizer):
             self.started = True
         if not self.quantizing:
             return weight
-        step = self.step(weight.detach(), self.scale, spread)
+        step = self.step(weight.detach(), self.scale_in_use(), spread)
         zero = torch.zeros_like(step, requires_grad=False)
         return self._fake(weight, step, zero, weight.numel() // self.scale.numel())
 
@@ -135,7 +135,8 @@ class FakeQuantizeWeight(FakeQuantizer):
         """
         with torch.no_grad():
             spread = None if factor is None else self.spread(factor, weight)
-            scale = self.covering(weight, spread) if self._follows() else self.scale.detach()
+            follows = self._follows()
+            scale = self.covering(weight, spread) if follows else self.scale_in_use().detach()
             scale = scale.clamp(min=SMALLEST_SCALE)
             steps = (weight.to(torch.float32) / self.step(weight, scale, spread)).round_()
             return steps.clamp_(self.spec.quant_min, self.spec.quant_max), scale

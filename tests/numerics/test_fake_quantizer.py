@@ -40,6 +40,19 @@ def test_a_first_batch_sets_the_range_and_later_ones_move_it() -> None:
     assert int(fake.batches) == 2 and fake.seen
 
 
+def test_until_a_range_is_known_values_pass() -> None:
+    fake = FakeQuantize(QSpec(), "x").eval()
+    x = torch.randn(50)
+    assert fake(x) is x
+    fed(fake.train(), x)
+    assert not torch.equal(fake.eval()(x), x)
+    fresh = FakeQuantize(QSpec(), "x").eval()
+    fresh.load_state_dict(fake.state_dict())
+    assert torch.equal(fresh(x), fake(x))
+    fake.load_state_dict(FakeQuantize(QSpec(), "x").state_dict())
+    assert fake(x) is x
+
+
 def test_minmax_covers_everything() -> None:
     spec = QSpec(observer="minmax")
     fake = fed(FakeQuantize(spec, "x"), torch.tensor([-1.0, 3.0]), torch.tensor([0.0, 13.0]))
@@ -120,7 +133,7 @@ def test_the_gradient_of_a_learned_step_is_divided_by_its_size() -> None:
 
 def test_a_step_that_training_destroyed_is_named_when_it_is_read() -> None:
     fake = fed(FakeQuantize(QSpec(learned=True), "x"), torch.tensor([0.0, 1.0]))
-    for bad in (math.nan, -1.0):
+    for bad in (math.nan, math.inf):
         with torch.no_grad():
             fake.scale.fill_(bad)
         with pytest.raises(QParamError):

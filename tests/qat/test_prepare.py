@@ -15,6 +15,7 @@ import fxquant
 import fxquant.schedule
 from fxquant.errors import CalibrationError
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
+from fxquant.numerics.fake_weights import FakeQuantizeWeight
 from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, switch, trained
 
 BATCH_NORMED = ("residual", "upward", "dense", "twice")
@@ -169,6 +170,16 @@ def test_frozen_layers_stay_as_they_are() -> None:
     assert not torch.equal(own["conv2.weight"], theirs["conv2.weight"])
 
 
+def test_before_any_training_values_have_no_range_and_pass() -> None:
+    model, made = prepared("residual")
+    for fake in made.modules():
+        if isinstance(fake, FakeQuantizeWeight):
+            fake.switch(quantizing=False)
+    with torch.no_grad():
+        wanted = model.eval()(pictures())
+        torch.testing.assert_close(made.eval()(pictures()), wanted, rtol=0, atol=1e-6)
+
+
 def test_evaluation_changes_no_range() -> None:
     _, made = prepared("residual")
     trained(made, pictures)
@@ -303,16 +314,24 @@ def test_dynamic_layers_read_rows_that_are_rounded_as_at_run_time(name: str) -> 
         made.train()
 
 
-def test_a_learned_scale_that_left_its_range_is_named() -> None:
-    config = fxquant.QConfig(fxquant.QSpec(learned=True))
+def test_a_learned_scale_below_0_counts_by_its_size_and_trains_on() -> None:
+    spec = fxquant.QSpec("int8", symmetric=True, observer="minmax", learned=True)
+    config = fxquant.QConfig(fxquant.QSpec(learned=True), spec)
     made: Any = fxquant.prepare(
         built("residual"), mode="qat", example_inputs=(pictures(),), qconfig=config
     )
     trained(made, pictures, steps=1)
+    scales = [made.fake_quant.x.scale, made.fake_quant.conv1_weight.scale]
     with torch.no_grad():
-        made.fake_quant.x.scale.fill_(-0.5)
-    with pytest.raises(CalibrationError, match=r"fake_quant\.x\.scale is -0\.5.*learning rate"):
-        fxquant.convert(made)
+        wanted = made.eval()(pictures())
+        for scale in scales:
+            scale.neg_()
+        assert torch.equal(made(pictures()), wanted)
+    quantized = fxquant.convert(made, backend="reference")
+    assert fxquant.verify(made, quantized, [pictures(50)]).ok
+    before = [scale.detach().clone() for scale in scales]
+    trained(made.train(), pictures, steps=1)
+    assert all(not torch.equal(a, b) for a, b in zip(scales, before, strict=True))
 
 
 def test_values_that_nobody_watched_are_told() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.numerics.fake_quantizer import FakeQuantize
@@ -46,6 +46,35 @@ def test_every_fake_quant_has_the_range_that_was_found(name: str) -> None:
     with torch.no_grad():
         wanted, rounded = model(x), made(x)
     assert float((wanted - rounded).abs().max()) <= 0.1 * float(wanted.abs().max())
+
+
+class Residue(nn.Module):
+    """In evaluation the sum is part of the layer; in training something drops in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.drop, self.last = nn.Dropout(0.2), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        made: Tensor = self.last(torch.relu(x + self.drop(self.b(x))))
+        return made
+
+
+def test_what_static_mode_does_not_quantize_gets_its_range_in_training() -> None:
+    torch.manual_seed(0)
+    model = Residue().eval()
+    static = fxquant.prepare(model, example_inputs=(pictures(),))
+    fxquant.calibrate(static, [pictures(n) for n in range(4)])
+    made = fxquant.prepare(static, mode="qat")
+    assert [fake.path for fake in activations(made) if not fake.seen] == ["b"]
+    with torch.no_grad():
+        wanted, rounded = model(pictures(7)), made(pictures(7))
+    assert float((wanted - rounded).abs().max()) <= 0.1 * float(wanted.abs().max())
+    trained(made.train(), pictures)
+    assert all(fake.seen for fake in activations(made))
+    assert fxquant.verify(made, fxquant.convert(made, backend="reference"), [pictures(9)]).ok
 
 
 def test_it_trains_converts_and_leaves_the_static_model() -> None:
