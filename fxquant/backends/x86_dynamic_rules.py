@@ -175,6 +175,10 @@ def _lower_linear(match: Match, editor: Editor) -> None:
         return _stacked(parts, bias, spec_of(rows), packed)
 
     made = _call_once_made(editor, rows, layers, bias, make)
+    for layer in layers[1:]:
+        # The stack has its weight now: its memory is for the next one to be packed into.
+        if tied_of(codes_node(layer)) is None and is_container(editor, _path(layer)):
+            editor.set_module(_path(layer), nn.Module())
     if len(layers) == 1:
         editor.replace(match.root, made, *match.nodes[1:])
         return

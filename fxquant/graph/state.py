@@ -10,6 +10,7 @@ import functools
 import hashlib
 import operator
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -197,7 +198,8 @@ class _Refs(dict[Node, Ref]):
 
 
 Known: TypeAlias = dict[Node, tuple[tuple[object, ...], NodeState]]
-"""States of nodes, each with all that it was read from."""
+"""States of nodes, each with all that it was read from; modules and tensors not kept alive by it:
+what a pass replaces is often a weight, and the next one makes another of its memory."""
 
 
 def graph_state(graph: Graph, known: Known | None = None) -> GraphState:
@@ -220,14 +222,15 @@ def graph_state(graph: Graph, known: Known | None = None) -> GraphState:
     refs = _Refs()
     states = []
     for node in graph.nodes:
-        facts = (node.op, node.target, node.args, node.kwargs, info(node), _attached(node))
+        attached = _attached(node)
+        facts = (node.op, node.target, node.args, node.kwargs, info(node), attached)
         old = known.get(node) if known is not None else None
-        if old is not None and all(map(operator.is_, old[0], facts)):
+        if old is not None and all(map(operator.is_, (*old[0][:-1], _alive(old[0][-1])), facts)):
             states.append(old[1])
             continue
         state = _node_state(node, targets, refs)
         if known is not None:
-            known[node] = (facts, state)
+            known[node] = ((*facts[:-1], _weakly(attached)), state)
         states.append(state)
     return GraphState(tuple(states))
 
@@ -327,6 +330,14 @@ def _attached(node: Node) -> Any:
         inner = found._modules.get(part) if isinstance(found, nn.Module) else None
         found = getattr(found, part, None) if inner is None else inner
     return found
+
+
+def _weakly(found: Any) -> Any:
+    return weakref.ref(found) if isinstance(found, nn.Module | torch.Tensor) else found
+
+
+def _alive(held: Any) -> Any:
+    return held() if isinstance(held, weakref.ref) else held
 
 
 def _setup(found: Any) -> str:

@@ -153,7 +153,8 @@ class _Clock(fx.Interpreter):
         key = next(iter(info(n).origins), n.name)
         self.spent[key] = self.spent.get(key, 0.0) + time.perf_counter() - start
         self.labels.setdefault(key, (info(n).path or n.name, what(n)))
-        return value
+        # What watches hands on what it saw, to nobody: kept, it would keep every activation.
+        return value if n.users or n.op == "output" else None
 
 
 def _clocked(
