@@ -19,6 +19,7 @@ from fxquant.backends.x86_pairs import products_saturate
 from fxquant.errors import CalibrationError, FxQuantWarning, SpeedWarning
 from fxquant.record import Timing, record_of
 from fxquant.report import checks
+from fxquant.report.speed import _Clock
 
 BACKENDS = ["reference"] if X86().missing() is not None else ["reference", "x86"]
 
@@ -298,6 +299,15 @@ def test_an_example_is_timed_and_a_slower_model_said(monkeypatch: pytest.MonkeyP
     fxquant.quantize(Options(8).eval(), mode="dynamic")
     fxquant.quantize(Options(8).eval(), mode="dynamic", example_inputs=x, backend="reference")
     assert len(seen) == 1
+
+
+def test_the_speed_check_keeps_no_activations() -> None:
+    net = seeded(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()))
+    prepared = fxquant.prepare(net, mode="dynamic", example_inputs=numbers(3, 8))
+    clock = _Clock(prepared)
+    clock.run(numbers(3, 8))
+    kept = [value for value in clock.env.values() if value is not None]
+    assert len(kept) == 1  # the result
 
 
 def test_the_example_is_fed_once_as_it_is() -> None:

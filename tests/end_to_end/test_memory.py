@@ -17,30 +17,47 @@ import sys, warnings, torch, fxquant
 from pathlib import Path
 from torch import nn
 warnings.simplefilter("ignore")
-mode = sys.argv[1]
+mode, kind = sys.argv[1:]
 def peak():
     # Not ru_maxrss, which goes on from that of the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-fxquant.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), mode=mode)
+def linears(width):
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(24))).eval()
+def encoder(width):
+    from transformers import BertConfig, BertModel
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=10 * width, num_hidden_layers=6, **sizes)).eval()
+make, width, example = {
+    "linears": (linears, 1024, None),
+    "encoder": (encoder, 768, {"input_ids": torch.zeros(1, 64, dtype=torch.long)}),
+}[kind]
+fxquant.quantize(make(8), mode=mode, example_inputs=None if kind == "linears" else example)
 before = peak()
-model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24))).eval()
-quantized = fxquant.quantize(model, mode=mode)
-print((peak() - before) / (24 * 1024 * 1025 * 4))
+model = make(width)
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+quantized = fxquant.quantize(model, mode=mode, example_inputs=example)
+print((peak() - before) / size)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
-def test_no_second_float_model_is_made(mode: str) -> None:
-    """The float model is 1.0; 0.25 each are codes, and what kernels pack them into.
+@pytest.mark.parametrize(
+    ("mode", "kind", "most"),
+    [("dynamic", "linears", 1.45), ("weight_only", "linears", 1.4), ("dynamic", "encoder", 1.5)],
+)
+def test_one_form_of_a_weight_is_made_beside_the_float_one(
+    mode: str, kind: str, most: float
+) -> None:
+    """The float model is 1.0 and all codes are 0.25; each is freed as it is packed.
 
-    A copy of the float weights would make it 2.25 and more. Up to 1.83 was seen, as memory that
-    was given back is not always used again.
+    Both forms of all codes together would make it 1.5 and more, a copy of the float weights 2.25.
+    Measured were 1.36 (1.27 for larger layers: memory of small ones is not always used again), 1.28
+    and 1.37; in an encoder activations come on top, and holes where three layers became one.
     """
-    command = [sys.executable, "-c", _PEAK, mode]
+    command = [sys.executable, "-c", _PEAK, mode, kind]
     made = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 1.2 < float(made.stdout) < 2.1
+    assert 1.2 < float(made.stdout) < most
 
 
 class Mixed(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxquant.graph.capture import capture
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType
-from fxquant.graph.state import Group, Ref, graph_state
+from fxquant.graph.state import Group, Known, Ref, graph_state
 from fxquant.graph.text import shown
 from fxquant.graph.view import render
 
@@ -121,3 +122,16 @@ def test_shown_text_is_one_harmless_line() -> None:
     assert shown("\n" * 100, 50).count("\n") == 0
     assert len(shown("\n" * 49, 50)) <= 50
     assert shown("x" * 50, 50) == "x" * 50
+
+
+def test_what_is_known_keeps_no_module_alive() -> None:
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    model.add_module("0", nn.Linear(2, 2))  # the tracer keeps the first one
+    known: Known = {}
+    before = graph_state(model.graph, known)
+    assert graph_state(model.graph, known).nodes[1] is before.nodes[1]
+    gone = weakref.ref(model.get_submodule("0"))
+    setattr(model, "0", nn.Linear(2, 3))
+    assert gone() is None
+    # Another object, maybe where the first one was in memory: read anew.
+    assert graph_state(model.graph, known).nodes[1].setup != before.nodes[1].setup
