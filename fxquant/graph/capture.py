@@ -25,7 +25,7 @@ from fxquant.graph.info import info
 from fxquant.graph.names import check_names
 from fxquant.graph.patches import patched
 from fxquant.graph.pieces import WHOLE, whole_graph
-from fxquant.graph.proxies import ValueDependentError
+from fxquant.graph.proxies import TransformError, ValueDependentError
 from fxquant.graph.read_only import ReadOnly, WriteError, borrowed, give_back
 from fxquant.graph.settle import settle
 from fxquant.graph.signature import Binding, bind_example
@@ -207,7 +207,7 @@ class _Climb:
             # An example the model cannot take is calibration's to name; tracing needs none.
             made = self._without_example(error)
             return Captured(made, SYMBOLIC, self._binding.bound, root=self._root)
-        if not isinstance(error, ValueDependentError):
+        if not isinstance(error, ValueDependentError | TransformError):
             exported = self._export()
             if exported is not None:
                 why = _line(error)

@@ -47,6 +47,12 @@ class Structure(nn.Module):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
+def _refuse_transform(node: fx.Node) -> None:
+    """``torch.vmap`` in an exported graph opens and closes a mode that no pass keeps in place."""
+    if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+        raise TraceError(f"the exported graph calls {getattr(node.target, '__name__', node)}")
+
+
 class Rebuild:
     """Writes the graph of an exported program anew, over the modules of the model."""
 
@@ -66,6 +72,7 @@ class Rebuild:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
+                _refuse_transform(node)
                 self._call(node)
             elif node.op == "get_attr":
                 self.values[node] = getattr(self.program.graph_module, str(node.target))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
@@ -54,6 +56,26 @@ def where(input: Tensor, other: Tensor | float, *, condition: Tensor) -> Tensor:
         given = (input, other, condition)
         return handle_torch_function(where, given, input, other, condition=condition)
     return torch.where(condition, input, other)
+
+
+def set_item(input: Tensor, index: Any, value: Any) -> Tensor:
+    """Return a copy of ``input`` after ``input[index] = value``.
+
+    Args:
+        input: any shape, any dtype.
+        index: whatever may stand in the brackets.
+        value: a tensor or a number.
+
+    Example:
+        >>> set_item(torch.zeros(3), slice(1), 2.0)
+        tensor([2., 0., 0.])
+    """
+    given = (input, value, *(index if isinstance(index, tuple) else (index,)))
+    if has_torch_function(given):
+        return handle_torch_function(set_item, given, input, index, value)
+    made = input.clone()
+    made[index] = value
+    return made
 
 
 def index_put(input: Tensor, values: Tensor, *, indices: tuple[Tensor | None, ...]) -> Tensor:

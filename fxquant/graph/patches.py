@@ -13,13 +13,21 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import apis, eager_transforms
 from torch.overrides import TorchFunctionMode
 
-from fxquant.graph.proxies import asked, is_proxy, proxies_in
+from fxquant.graph.proxies import TransformError, asked, is_proxy, proxies_in
 from fxquant.graph.symbolic_int import SymbolicInt, may_replace_int
 
 _FACTORIES: Final = ("zeros", "ones", "empty", "rand", "randn")
 """Their sizes may come one by one, and torch does not look for proxies among those."""
+
+
+_TRANSFORMS: Final = (
+    (apis, "vmap_impl", "torch.vmap"),
+    (eager_transforms, "grad_impl", "torch.func.grad"),
+    (eager_transforms, "grad_and_value_impl", "torch.func.grad_and_value"),
+)
 
 
 class _Mode(TorchFunctionMode):
@@ -74,6 +82,20 @@ def _factory(real: Callable[..., Any], is_mine: Callable[[], bool]) -> Callable[
     return make
 
 
+def _transform(
+    real: Callable[..., Any], name: str, is_mine: Callable[[], bool]
+) -> Callable[..., Any]:
+    """What ``torch.vmap`` and ``torch.func.grad`` end in; it wraps tensors, and a proxy is none."""
+
+    def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        if is_mine() and next(proxies_in((args, kwargs, cells)), None) is not None:
+            raise TransformError(f"{name} runs a function on tensors of its own")
+        return real(function, *args, **kwargs)
+
+    return run
+
+
 @contextlib.contextmanager
 def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
     """Patch while ``root`` is traced; undone at the end, failure or not.
@@ -93,6 +115,11 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
         for module in _class_modules(root)
         if "int" not in vars(module) and may_replace_int(module)
     ]
+    places += [
+        (vars(module), name, _transform(vars(module)[name], shown, is_mine))
+        for module, name, shown in _TRANSFORMS
+    ]
+    before = [(space, name, space.get(name)) for space, name, _ in places]
     real = {name: getattr(torch, name) for name in (*_FACTORIES, "is_tensor")}
     try:
         for space, name, function in places:
@@ -105,8 +132,11 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
     finally:
         for name, function in real.items():
             setattr(torch, name, function)
-        for space, name, _ in places:
-            space.pop(name, None)
+        for space, name, old in before:
+            if old is None:
+                space.pop(name, None)
+            else:
+                space[name] = old
 
 
 def _class_modules(root: nn.Module) -> list[ModuleType]:

@@ -145,8 +145,12 @@ def record_calls(
     seen: dict[str, Any] = {}
 
     def note(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        kind = _kind(given, named)
         calls = found[path]
+        if any(_is_wrapped(leaf) for leaf in pytree.tree_leaves((given, named))):
+            # Outside of that call there is no such tensor to capture it with, or to run it on.
+            seen[path], calls.why = None, "torch.vmap or the like calls it on tensors of its own"
+            return
+        kind = _kind(given, named)
         if path not in seen:
             seen[path] = kind
             copied = pytree.tree_map(_kept, (given, named))
@@ -174,6 +178,10 @@ def record_calls(
         if reads[path].computed and not calls.why:
             calls.why = f"the code around it computes with its {min(reads[path].computed)}"
     return found
+
+
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _kept(value: Any) -> Any:

@@ -48,6 +48,10 @@ class ValueDependentError(Exception):
     """Python asked for what a tensor holds, which differs from input to input."""
 
 
+class TransformError(Exception):
+    """A function such as ``torch.vmap`` runs code on tensors of its own, which no graph shows."""
+
+
 class Answering(Protocol):
     """What proxies ask of their tracer."""
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Self, TypeAlias
 
@@ -141,6 +142,7 @@ def _known(graph: Graph) -> tuple[_Known, ...]:
 
 def _remember(module: GraphModule, known: tuple[_Known, ...]) -> None:
     """Write down what a pickle kept; torch writes the code of a graph, and traces that again."""
+    _put_inputs_in_order(module, [target for op, target, *_ in known if op == "placeholder"])
     # Reading an attribute may have moved, or happen twice; all else stands where it stood.
     held = {target: record for op, target, _, record in known if op == "get_attr"}
     calls = [entry for entry in known if entry[0] != "get_attr"]
@@ -160,6 +162,16 @@ def _remember(module: GraphModule, known: tuple[_Known, ...]) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in held:
             node.meta[KEY] = held[node.target]
+
+
+def _put_inputs_in_order(module: GraphModule, targets: list[str]) -> None:
+    """Tracing puts what can be given by name only before ``*args``, and that is another call."""
+    found = {str(node.target): node for node in module.graph.find_nodes(op="placeholder")}
+    if list(found) == targets or set(found) != set(targets):
+        return
+    for before, after in itertools.pairwise(targets):
+        found[before].append(found[after])
+    module.recompile()
 
 
 def restored(

@@ -1,6 +1,7 @@
 """Functionalize: after an in-place op, later readers of the tensor read the op's result.
 
     y = relu_(x); return x + y      ->      y = relu(x); return y + y
+    x[:, 0] = 1; return x           ->      y = set_item(x, (:, 0), 1); return y
 
 Where a view of the memory is read later (``x[:, 0].zero_(); use(x)``) no rewrite of names is
 right: the op keeps writing in place, and the memory is pinned so that nothing else moves it.
@@ -14,7 +15,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from fxquant.graph.containers import pick
 from fxquant.graph.edit import Editor
+from fxquant.graph.functions import set_item
 from fxquant.graph.op_table import (
     attribute_spellings,
     function_spelling,
@@ -59,7 +62,14 @@ class Functionalize(Pass):
         viewed = any(order[user] > order[node] for n in earlier for user in n.users)
         # What is written into a tensor of the model must be there in the next call.
         held = any(n.op == "get_attr" for n in (target, *aliases))
-        if node.target is operator.setitem or viewed or held:
+        if node.target is operator.setitem:
+            # What is written into an input must be there for the caller.
+            held = held or any(_is_given(n) for n in (target, *aliases))
+            if not (viewed or held):
+                with editor.rule("functionalize"):
+                    editor.set_call(node, set_item, tuple(node.args), {})
+                    editor.note_values(node, held="tensor")
+        if viewed or held:
             why = f"%{node.name} writes into its memory in place"
             with editor.rule("pin-memory"):
                 for alias in (target, *aliases):
@@ -95,6 +105,11 @@ class _Memory:
         self._group[old] = [n for n in self._group[old] if n not in apart]
         self._group[node] = list(apart)
         self._root.update(dict.fromkeys(apart, node))
+
+
+def _is_given(node: Node) -> bool:
+    """Whether it is an input, or part of one."""
+    return node.op == "placeholder" or node.target is pick
 
 
 def _is_view(node: Node) -> bool:
