@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fxquant
 from benchmarks.common import finish, parser, ratios, say, show, spread
+from fxquant.report.checks import size_in_bytes
 
 
 class Block(nn.Module):
@@ -65,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     models = contenders(Block(args.width).eval(), args.width)
-    whole = sum(p.numel() * p.element_size() for p in models["float32"].parameters())
+    whole = size_in_bytes(models["float32"])
     figures = []
     for tokens in args.tokens:
         say(f"{tokens} tokens")
@@ -83,7 +84,7 @@ def main() -> None:
                         seconds[name].append(time.perf_counter() - start)
                     signal[name] = decibels(exact, result)
         for name, model in models.items():
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            size = size_in_bytes(model)
             quotient = ratios(seconds[name], seconds["float32"])
             row = {"tokens": tokens, "name": name, "sqnr": signal[name], "size": size / whole}
             figures.append(row | {"seconds": seconds[name], "ratios": quotient})

@@ -1,0 +1,149 @@
+"""Kernels of stored weights against float64, and against the reference; when they are taken."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import QConfig, QSpec
+from fxquant.backends.x86 import X86
+from fxquant.backends.x86_weight_only import FEW_ROWS, StoredInt4Linear, StoredLinear
+from fxquant.numerics.stored import dequantize_stored
+
+pytestmark = pytest.mark.skipif(X86().missing() is not None, reason=str(X86().missing()))
+
+EPS = 2.0**-9
+"""What rounding to bfloat16 is off by, of the number that is rounded."""
+
+
+def four(group: int, *, symmetric: bool = True, bits: int = 4) -> QConfig:
+    granularity: Any = "group" if group else "channel"
+    kind: Any = "int8" if symmetric else "uint8"
+    spec = QSpec(kind, bits, symmetric, granularity, "minmax", group)
+    return QConfig(activation=None, weight=spec)
+
+
+CONFIGS = {
+    "int8": QConfig(activation=None),
+    "groups of 32": four(32),
+    "groups of 64": four(64),
+    "groups of 128": four(128),
+    "uneven groups": four(32, symmetric=False),
+    "channels of 4 bits": four(0),
+    "3 bits": four(32, bits=3),
+}
+
+
+def layer(name: str, outputs: int = 48, inputs: int = 128, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias)).eval()
+    return fxquant.quantize(model, mode="weight_only", qconfig=CONFIGS[name], backend="x86")
+
+
+def stored(q: nn.Module) -> StoredLinear | StoredInt4Linear:
+    return next(m for m in q.modules() if isinstance(m, StoredLinear | StoredInt4Linear))
+
+
+def weight_of(held: StoredLinear | StoredInt4Linear) -> tuple[Tensor, Tensor]:
+    """The real weight, and the steps between its codes, in float64."""
+    size, width, packed = held.layout
+    codes, scale = held.get_buffer("weight"), held.get_buffer("weight_scale")
+    zeros = held._buffers["weight_zero_point"]
+    shape = (len(codes), width)
+    real = dequantize_stored(codes, scale, zeros, size, shape, packed)
+    steps = scale.double().repeat_interleave(size, 1)[:, :width].expand(shape)
+    return real.double(), steps
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(128,), (1, 128), (FEW_ROWS, 128), (FEW_ROWS + 1, 128), (2, 30, 128)]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_within_the_roundings_to_bfloat16(name: str, shape: tuple[int, ...], bias: bool) -> None:
+    q = layer(name, bias=bias)
+    held = stored(q)
+    assert isinstance(held, StoredLinear if name == "int8" else StoredInt4Linear)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight, steps = weight_of(held)
+    offset = held._buffers["bias"]
+    wanted = F.linear(x.double(), weight, None if offset is None else offset.double())
+    found = q(x)
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    # Rows are rounded, sums are; of groups the scales are, and 8 steps or fewer that are added.
+    sizes = weight.abs() * (1 if name == "int8" else 2) + (0 if name == "int8" else 8) * steps
+    limit = F.linear(x.double().abs(), sizes) * EPS + wanted.abs() * EPS
+    offset_size = 0 if offset is None else offset.abs() * EPS
+    assert bool(((found - wanted).abs() <= 1.02 * limit + offset_size + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_reference_is_forty_five_decibels_away(name: str) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 256), torch.randn(64, 256)
+    nn.init.normal_(linear.weight)
+    model = nn.Sequential(linear).eval()
+    made, truth = (
+        fxquant.quantize(model, mode="weight_only", qconfig=CONFIGS[name], backend=b)(x)
+        for b in ("x86", "reference")
+    )
+    noise = (made - truth).double().square().sum()
+    assert 10 * math.log10(truth.double().square().sum() / noise) > 45
+    # Few rows take another kernel.
+    few = fxquant.quantize(model, mode="weight_only", qconfig=CONFIGS[name], backend="x86")(x[:3])
+    noise = (few - truth[:3]).double().square().sum()
+    assert 10 * math.log10(truth[:3].double().square().sum() / noise) > 45
+
+
+@pytest.mark.parametrize("name", ["groups of 32", "uneven groups"])
+def test_rows_of_four_bits_are_the_same_alone_and_in_any_batch(name: str) -> None:
+    q, x = layer(name), torch.randn(67, 128, generator=torch.Generator().manual_seed(1))
+    together = q(x)
+    for place in (0, 1, 31, 66):
+        assert torch.equal(q(x[place : place + 1])[0], together[place])
+    assert torch.equal(q(x.flip(0)), together.flip(0))
+
+
+@pytest.mark.parametrize("name", ["int8", "groups of 32", "uneven groups"])
+def test_copies_loaded_weights_and_other_inputs(name: str) -> None:
+    q, x = layer(name), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    wanted = q(x)
+    for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(twin(x), wanted)
+        stored(twin).get_buffer("weight").zero_()
+        twin.load_state_dict(q.state_dict())
+        assert torch.equal(twin(x), wanted)
+    assert torch.equal(q(x.t().contiguous().t()), wanted)
+    assert q(x[:0]).shape == (0, 48)
+    half = q(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), q(x.bfloat16().float()), rtol=2.0**-7, atol=1e-6)
+    assert q(x.double()).dtype == torch.float64 if name != "int8" else True
+    x[2, 3] = math.inf
+    assert q(x)[[0, 1, 3, 4]].isfinite().all() and not q(x)[2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "why"), [(50, 128, "multiples of 16"), (48, 100, "whole groups")]
+)
+def test_what_the_kernel_does_not_take_runs_as_the_reference(
+    outputs: int, inputs: int, why: str
+) -> None:
+    q = layer("groups of 32", outputs, inputs)
+    assert not any(isinstance(m, StoredInt4Linear) for m in q.modules())
+    assert any(why in reason for _, _, reason in fxquant.history(q).near("x86-weight-only-int4"))
+    x = torch.randn(3, inputs)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, outputs)).eval()
+    truth = fxquant.quantize(
+        model, mode="weight_only", qconfig=CONFIGS["groups of 32"], backend="reference"
+    )
+    assert torch.equal(q(x), truth(x))
