@@ -6,13 +6,15 @@ and as few passes over the gates as eager torch allows.
 A sequence gets the same bits alone and in a batch: integer sums are exact, and of the functions
 of gates torch's tanh gives the same bits wherever in a tensor a number stands. Its sigmoid does so
 in whole vectors only. So gates that have one are padded to whole vectors, with units whose state
-stays 0, and taken in pieces that it does not divide among threads.
+stays 0, and taken in pieces that it does not divide among threads. An LSTM takes sigmoids for its
+tanh too: see :mod:`fxquant.backends.x86_lstm_loop`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86_lstm_loop import fastest_lstm_loop
-from fxquant.backends.x86_row_sums import RowSums
-from fxquant.numerics.dynamic import quantize_rows
+from fxquant.backends.x86_pairs import has_vnni
+from fxquant.backends.x86_row_codes import RowCodes
+from fxquant.backends.x86_row_sums import ByteSums, RowSums
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.numerics.qparams import SMALLEST_SCALE
 from fxquant.numerics.recurrence import Cell
@@ -32,6 +35,8 @@ _ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1
 """Blocks of a weight in the order computed with: those of sigmoids first."""
 _VECTOR: Final = 32
 """Numbers that torch's kernels take at a time, at most: two vectors of AVX512."""
+_MANY: Final = 8
+"""Rows of inputs from which oneDNN's kernel was measured faster than FBGEMM's (VNNI, 2 threads)."""
 _UNDIVIDED: Final = 32736
 """Numbers that are too few for torch to divide a call among threads; a multiple of 32."""
 
@@ -54,10 +59,40 @@ class _Product:
 
 
 @dataclass(frozen=True)
+class _Inputs:
+    """The weight of inputs: as a product, but packed for few rows or for many when they come.
+
+    Args:
+        rows: makes rows of inputs bytes.
+        few: the kernel for a few of them.
+        many: and for many.
+        scale: as of a product.
+        bias: as of a product.
+        totals: as of a product.
+    """
+
+    rows: RowCodes
+    few: Callable[[], RowSums]
+    many: Callable[[], ByteSums]
+    scale: Tensor
+    bias: Tensor
+    totals: Tensor
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """Of bytes, from each of which 128 is taken; the same from both kernels."""
+        if codes.shape[0] >= _MANY and has_vnni():
+            return self.many()(codes)
+        few = self.few()
+        room = few.room(codes.shape[0])
+        room[:, : few.inputs] = codes[:, : few.inputs].to(torch.float32).sub_(128.0)
+        return few(room)
+
+
+@dataclass(frozen=True)
 class _Packed:
     """One layer in one direction, as the kernels want it."""
 
-    from_input: _Product
+    from_input: _Inputs
     from_state: _Product
     projection: _Product | None
 
@@ -126,7 +161,7 @@ class X86Recurrent(IntegerRecurrent):
         if cell not in self._packed:
             first = f"weight_hr{cell.suffix}" if self.proj_size else ""
             self._packed[cell] = _Packed(
-                self._product(f"weight_ih{cell.suffix}", f"bias_ih{cell.suffix}", gates=True),
+                self._inputs(f"weight_ih{cell.suffix}", f"bias_ih{cell.suffix}"),
                 self._product(f"weight_hh{cell.suffix}", f"bias_hh{cell.suffix}", gates=True),
                 self._product(first, "", gates=False) if first else None,
             )
@@ -138,7 +173,23 @@ class X86Recurrent(IntegerRecurrent):
         whole = _VECTOR if self.mode in _ORDER else 1
         return -(-self.hidden_size // whole) * whole
 
+    def _inputs(self, weight: str, bias: str) -> _Inputs:
+        codes, scale, shift = self._parts(weight, bias, gates=True)
+        rows = RowCodes(codes.shape[1], self.reads)
+
+        def again() -> Tensor:
+            return self._parts(weight, bias, gates=True)[0].contiguous()
+
+        few = functools.cache(lambda: RowSums(again()))
+        many = functools.cache(lambda: ByteSums(again(), rows.extra))
+        return _Inputs(rows, few, many, scale.contiguous(), shift, _totals(codes))
+
     def _product(self, weight: str, bias: str, *, gates: bool) -> _Product:
+        codes, scale, shift = self._parts(weight, bias, gates=gates)
+        return _Product(RowSums(codes.contiguous()), scale.contiguous(), shift, _totals(codes))
+
+    def _parts(self, weight: str, bias: str, *, gates: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and bias, in the order and with the padding that is computed with."""
         codes, scale = self.matrix(weight)
         held = self._buffers.get(bias)
         shift = torch.zeros(codes.shape[0]) if held is None else held.detach()
@@ -157,8 +208,10 @@ class X86Recurrent(IntegerRecurrent):
                 )
                 for part in (codes, scale, shift)
             )
-        totals = codes.sum(1, dtype=torch.int32).to(torch.float32)
-        return _Product(RowSums(codes.contiguous()), scale.contiguous(), shift, totals)
+            if self.mode == "LSTM":  # whose last gate is wanted doubled, which is exact
+                for part in (scale, shift):
+                    part[-self.padded :] *= 2.0
+        return codes, scale, shift
 
     def run_cell(
         self, cell: Cell, x: Tensor, sizes: list[int], state: State
@@ -193,14 +246,11 @@ class X86Recurrent(IntegerRecurrent):
 
     def _from_input(self, packed: _Packed, x: Tensor) -> Tensor:
         """What the inputs of all steps give to the gates, biases included."""
-        product, spec = packed.from_input, self.reads
-        codes, scale, zero_point = quantize_rows(x, spec)
-        middle = 128 if spec.dtype == "uint8" else 0
-        room = product.sums.room(x.shape[0])
-        room[:, : product.sums.inputs] = codes.to(torch.float32).sub_(middle)
-        total = product.sums(room)
-        if spec.dtype == "uint8":
-            total.addcmul_((middle - zero_point).to(torch.float32), product.totals)
+        product = packed.from_input
+        codes, scale, zero_point = product.rows(x)
+        total = product.sums(codes)
+        if not self.reads.symmetric:
+            total.addcmul_(128.0 - zero_point, product.totals)
         # What is added to the sums of states later is a bias too, but in a GRU it is multiplied.
         bias = product.bias if self.mode == "GRU" else product.bias + packed.from_state.bias
         return torch.addcmul(bias, total.mul_(scale), product.scale)
@@ -211,50 +261,57 @@ class X86Recurrent(IntegerRecurrent):
         if kernel is None or packed.projection is not None:
             self._lstm_in_parts(packed, steps, guarded)
             return
-        loop = fastest_lstm_loop()
+        loop, most = fastest_lstm_loop(), torch.tensor(float(STATE.quant_max))
         for rows, times in steps.runs():
             given, made = [list(part) for part in zip(*times, strict=True)]
-            gates = torch.empty(rows, 4 * hidden)
+            gates, bounded = torch.empty(rows, 4 * hidden), torch.empty(rows, hidden)
+            cell = steps.ends[1][:rows].mul_(2.0)
             steps.state = loop(
                 steps.state,
-                steps.ends[1][:rows],
+                cell,
                 given,
                 made,
-                _pieces(gates[:, : 3 * hidden]),
                 gates,
+                _pieces(gates),
+                _pieces(cell),
+                bounded,
+                _pieces(bounded),
                 product.sums.room(rows),
                 *kernel,
                 product.scale,
                 guarded,
-                STATE.quant_max,
+                most,
                 SMALLEST_SCALE,
             )
+            cell.mul_(0.5)
 
     def _lstm_in_parts(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
+        """As :func:`fxquant.backends.x86_lstm_loop.lstm_loop`, with other products."""
         hidden = self.padded
-        tanh, multiply = torch.tanh, torch.mul
         for rows, times in steps.runs():
             product = _Rows(packed.from_state, rows, guarded).add
             last = packed.projection
             project = None if last is None else _Rows(last, rows, guarded).add
-            gates = torch.empty(rows, 4 * hidden)
+            gates, bounded = torch.empty(rows, 4 * hidden), torch.empty(rows, hidden)
             let_in, keep, out, fresh = gates.chunk(4, 1)
-            sigmoids = _pieces(gates[:, : 3 * hidden])
-            bounded, cell = torch.empty(rows, hidden), steps.ends[1][:rows]
-            state = steps.state
+            cell, state = steps.ends[1][:rows].mul_(2.0), steps.state
+            pieces = list(zip(_pieces(cell), _pieces(bounded), strict=True))
+            gate_pieces = _pieces(gates)
             for given, made in times:
                 product(state, given, gates)
-                for piece in sigmoids:
+                for piece in gate_pieces:
                     piece.sigmoid_()
-                fresh.tanh_()
-                cell.mul_(keep).addcmul_(let_in, fresh)
-                tanh(cell, out=bounded)
+                cell.mul_(keep).addcmul_(let_in, fresh, value=4.0).sub_(let_in, alpha=2.0)
+                for piece, where in pieces:
+                    torch.sigmoid(piece, out=where)
                 if project is None or last is None:
-                    multiply(out, bounded, out=made)
+                    torch.addcmul(out.neg(), out, bounded, value=2.0, out=made)
                 else:
-                    project(bounded.mul_(out), last.bias, made)
+                    torch.addcmul(out.neg(), out, bounded, value=2.0, out=bounded)
+                    project(bounded, last.bias, made)
                 state = made
             steps.state = state
+            cell.mul_(0.5)
 
     def _gru(self, packed: _Packed, steps: _Steps, guarded: bool) -> None:
         hidden, bias = self.padded, packed.from_state.bias
@@ -285,6 +342,11 @@ class X86Recurrent(IntegerRecurrent):
                 activate(made)
                 state = made
             steps.state = state
+
+
+def _totals(codes: Tensor) -> Tensor:
+    """The sum of each row of a weight."""
+    return codes.sum(1, dtype=torch.int32).to(torch.float32)
 
 
 def _pieces(gates: Tensor) -> list[Tensor]:

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fxquant.backends import x86_row_sums
 from fxquant.backends.x86_recurrent import X86Recurrent
-from fxquant.backends.x86_row_sums import RowSums, has_fbgemm
-from fxquant.spec import PRESETS
+from fxquant.backends.x86_row_sums import ByteSums, RowSums, has_fbgemm
+from fxquant.spec import PRESETS, QSpec
 from tests.recurrent import KINDS, decibels, flat, float_layer, integer_layer, layers
 
 NEAR: Final = 45.0
@@ -44,6 +44,17 @@ def test_sums_are_exact(kernel: str, rows: int, inputs: int, outputs: int) -> No
     assert sums(sums.room(0)).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 40])
+def test_few_rows_and_many_have_the_same_sums(kernel: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randint(-63, 64, (130, 64), dtype=torch.int8, generator=generator)
+    codes = torch.randint(0, 256, (rows, 72), dtype=torch.uint8, generator=generator)
+    few = RowSums(weight)
+    room = few.room(rows)
+    room[:, :64] = codes[:, :64].float() - 128.0
+    assert torch.equal(ByteSums(weight, 8)(codes), few(room))
+
+
 def test_numbers_between_codes_are_rounded_half_to_even(kernel: str) -> None:
     sums = RowSums(torch.ones(1, 1, dtype=torch.int8))
     for value in (0.5, 1.5, -2.5, 126.5001, 127.00001, -127.00001):
@@ -66,10 +77,14 @@ def test_it_computes_what_the_reference_does(case: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["dynamic", "dynamic-symmetric"])
-def test_both_kernels_and_both_presets(kernel: str, kind: str, preset: str) -> None:
-    reads = PRESETS[preset].activation
-    assert reads is not None
+@pytest.mark.parametrize(
+    "reads",
+    [
+        *(PRESETS[name].activation for name in ("dynamic", "dynamic-symmetric")),
+        QSpec("int8", granularity="row", observer="runtime"),
+    ],
+)
+def test_both_kernels_and_every_kind_of_rows(kernel: str, kind: str, reads: QSpec) -> None:
     reference = integer_layer(float_layer(kind, 24, 33, num_layers=2), reads=reads)
     x = torch.randn(9, 4, 24)
     for one, other in zip(flat(reference(x)), flat(X86Recurrent(reference)(x)), strict=True):
