@@ -86,7 +86,8 @@ def _one_input(module: nn.Module) -> bool:
 def _gives_back(module: nn.Module, x: Tensor) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return module(x) is x
+            # What works in place, as x.tanh_() does, gives back the tensor, and changes it.
+            return module(x) is x and not x._version
     # The user's code, called with what it may not be made for: then it is not what is looked for.
     except Exception:  # noqa: BLE001
         return False

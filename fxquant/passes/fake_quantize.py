@@ -20,6 +20,7 @@ from torch.fx import Node
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.graph.both_modes import AttentionDropout
 from fxquant.graph.edit import Editor
+from fxquant.graph.fills import fill_of
 from fxquant.graph.flow import Rows, rescaled_by, root_of, rows_read, sites, wanted, wanted_int8
 from fxquant.graph.info import Decision, info
 from fxquant.graph.op_table import is_op, module_of, op_of
@@ -70,6 +71,7 @@ class InsertFakeQuants(Pass):
         with editor.rule("forget-proposals"):
             for node in editor.graph.nodes:
                 editor.annotate(node, qtype=None)
+        self._leave_fills(editor)
         observed = sites(editor.graph)
         # Before any is inserted: a fake-quant in between would hide what a value is made of.
         own = {v: s for v, s in observed.items() if not _has_codes_of_source(v, observed)}
@@ -88,6 +90,15 @@ class InsertFakeQuants(Pass):
                 found = next((o for o in info(node).origins if o in self.droppers), None)
                 if found is not None:
                     _dropper(editor, node, *self.droppers[found])
+
+    def _leave_fills(self, editor: Editor) -> None:
+        """Whether a code stands for a constant that a move puts in is known after training only."""
+        why = "it puts in a constant, and no range is known before training that holds it"
+        with editor.rule("leave-float"):
+            for node in editor.graph.nodes:
+                fill = fill_of(node) if wanted_int8(node) and info(node).custom is None else None
+                if fill is not None and fill != 0:
+                    editor.annotate(node, decision=Decision(False, why, self.name))
 
     def _weight(self, editor: Editor, node: Node) -> bool:
         """Round the weight of a layer; returns whether that was done."""

@@ -134,6 +134,19 @@ def test_a_product_with_a_number_is_not_rounded_a_second_time() -> None:
     assert values(inserted(model, X)) == ["x", "relu"]
 
 
+@pytest.mark.parametrize("fill", [0.0, 0.5])
+def test_a_constant_that_needs_a_range_is_put_in_in_float(fill: float) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        made: Tensor = m.b(F.pad(m.a(x), (1, 1, 0, 0), value=fill))
+        return made
+
+    model = One(body, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1))
+    module = inserted(model, X)
+    assert values(module) == ["x", "pad" if fill else "a"]
+    decision = info(node_of(module, "pad")).decision
+    assert decision is not None and decision.int8 is not bool(fill)
+
+
 def test_what_drops_at_random_is_a_module_again() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         made: Tensor = m.b(F.dropout(m.drop(m.a(x)), 0.5, m.training))

@@ -48,6 +48,11 @@ class Scales(nn.Module):
         return x * 2
 
 
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh_()
+
+
 class TwoInputs(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x
@@ -65,7 +70,7 @@ class Holds(nn.Module):
 def test_what_only_drops() -> None:
     assert only_drops(DropPath(0.3))
     assert only_drops(DropPath(0.3).eval())
-    for other in (Scales(), TwoInputs(), Holds(), nn.Dropout(), nn.Identity(), Net()):
+    for other in (Scales(), InPlace(), TwoInputs(), Holds(), nn.Dropout(), nn.Identity(), Net()):
         assert not only_drops(other)
     hooked = DropPath(0.3)
     hooked.register_forward_hook(lambda *_: None)
