@@ -2,9 +2,10 @@
 
     y = relu_(x); return x + y      ->      y = relu(x); return y + y
     x[:, 0] = 1; return x           ->      y = set_item(x, (:, 0), 1); return y
+    x[:, 0].mul_(2); return x       ->      y = set_item(x, (:, 0), mul(x[:, 0], 2)); return y
 
-Where a view of the memory is read later (``x[:, 0].zero_(); use(x)``) no rewrite of names is
-right: the op keeps writing in place, and the memory is pinned so that nothing else moves it.
+Where another view of the memory is read later, no rewrite of names is right: the op keeps writing
+in place, and the memory is pinned so that nothing else moves it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from torch.fx import Node
 from fxquant.graph.containers import pick
 from fxquant.graph.edit import Editor
 from fxquant.graph.functions import set_item
+from fxquant.graph.info import info
 from fxquant.graph.op_table import (
     attribute_spellings,
     function_spelling,
+    function_spellings,
     method_spelling,
+    method_spellings,
     module_of,
     module_op,
 )
+from fxquant.graph.operands import settle
+from fxquant.graph.ops import Call, read_call
 from fxquant.graph.table_aten import may_alias, writes_first
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import positions
@@ -45,16 +51,18 @@ class Functionalize(Pass):
         writers = [node for node in nodes if overwrites(node)]
         if not writers:
             return
-        order = positions(editor.graph)
+        order: dict[Node, float] = dict(positions(editor.graph))
         memory = _Memory(nodes)
         for node in writers:
             target = node.args[0] if node.args else None
-            if isinstance(target, Node):
+            if not isinstance(target, Node):
+                continue
+            if not _write_part(editor, node, target, order, memory):
                 self._settle(editor, node, target, order, memory)
 
     @staticmethod
     def _settle(
-        editor: Editor, node: Node, target: Node, order: dict[Node, int], memory: _Memory
+        editor: Editor, node: Node, target: Node, order: dict[Node, float], memory: _Memory
     ) -> None:
         later = [user for user in target.users if order[user] > order[node]]
         aliases = [n for n in memory.sharing(target) if n is not target]
@@ -98,13 +106,87 @@ class _Memory:
         """All values that may share the memory of ``node``, itself among them."""
         return self._group[self._root[node]]
 
-    def separate(self, node: Node, views: list[Node]) -> None:
-        """From now on ``node`` has memory of its own, and ``views`` share that."""
+    def separate(self, node: Node, views: list[Node], of: Node | None = None) -> None:
+        """From now on ``node`` has memory of its own, and ``views`` share that.
+
+        Args:
+            node: what had the memory of others, or is new.
+            views: those that read it.
+            of: for what is new, a value whose memory the views had.
+        """
         apart = dict.fromkeys((node, *views))
-        old = self._root[node]
+        old = self._root[node if of is None else of]
         self._group[old] = [n for n in self._group[old] if n not in apart]
         self._group[node] = list(apart)
         self._root.update(dict.fromkeys(apart, node))
+
+
+def _write_part(
+    editor: Editor, node: Node, part: Node, order: dict[Node, float], memory: _Memory
+) -> bool:
+    """Write ``part``, which is ``whole[index]``, into a copy of ``whole``, if that is right."""
+    whole, index = (*part.args, None, None)[:2]
+    if part.target is not operator.getitem or not isinstance(whole, Node):
+        return False
+    aliases = memory.sharing(part)
+    held = any(n.op == "get_attr" or _is_given(n) for n in aliases)
+    others = [n for n in aliases if order[n] < order[node] and n not in (whole, part)]
+    viewed = any(order[user] > order[node] for n in others for user in n.users)
+    if held or viewed or info(whole).held != "tensor" or not _is_readable(node):
+        return False
+    later = sorted((u for u in whole.users if order[u] > order[node]), key=order.__getitem__)
+    # ``x[i] *= 2`` reads the part, multiplies it, and sets it: Python itself writes it back.
+    back = [u for u in later[:1] if u.target is operator.setitem and u.args[1:] == (index, node)]
+    if not back and not _is_basic(index):
+        return False  # such an index copies, and nothing is written to the whole
+    after = [n for n in aliases if order[n] > order[node] and n not in back]
+    parts = [node, part, *(n for n in after if _over(n, node) or _over(n, part))]
+    read = any(order[user] > order[node] and user not in back for n in parts for user in n.users)
+    if read and any(overwrites(n) for n in after):
+        return False  # a later write to one of them is a write to the other
+    with editor.rule("functionalize"):
+        for user in [user for user in part.users if order[user] > order[node]]:
+            editor.replace_use(user, part, node)
+        memory.separate(node, [n for n in aliases if order[n] > order[node] and _over(n, node)])
+        if not back:
+            made = editor.call(set_item, (whole, index, node), like=node, after=node)
+            editor.note_values(made, held="tensor")
+            order[made] = order[node] + 0.5
+            for user in later:
+                editor.replace_use(user, whole, made)
+            views = [n for n in memory.sharing(whole) if order[n] > order[node]]
+            memory.separate(made, views, of=whole)
+    return True
+
+
+def _over(view: Node, node: Node) -> bool:
+    """Whether ``view`` is a view of ``node``, or of a view of it."""
+    while view is not node and view.args and isinstance(view.args[0], Node):
+        view = view.args[0]
+    return view is node
+
+
+def _is_readable(node: Node) -> bool:
+    """Whether the op table has a form of the call that writes nothing."""
+    if node.op == "call_module":
+        module = module_of(node)
+        op, hooks = module_op(module), module._forward_hooks or module._forward_pre_hooks
+        return op is not None and op.target is not None and not hooks
+    if node.op == "call_function":
+        found = function_spellings(node.target)
+    else:
+        found = method_spellings(str(node.target))
+    call = read_call(found, tuple(node.args), node.kwargs) if found else None
+    return isinstance(call, Call) and isinstance(settle(call), Call)
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether ``x[index]`` is a view: numbers, slices, ``None`` and ``...``."""
+    if isinstance(index, tuple):
+        return all(map(_is_basic, index))
+    if isinstance(index, Node):
+        return info(index).held == "scalar"
+    return index is None or index is ... or type(index) in (int, slice)
 
 
 def _is_given(node: Node) -> bool:

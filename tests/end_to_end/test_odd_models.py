@@ -148,13 +148,21 @@ def copied_first(m: Any, x: Tensor) -> Any:
     return m.d(m.c(x))
 
 
+def boxes(m: Any, x: Tensor) -> Any:
+    y = m.c(x)
+    y[..., 0:2] = y[..., 0:2].sigmoid() * 2 - 0.5
+    y[:, 1:3] += 1
+    y[:, 3].mul_(0.5)
+    return m.d(y)
+
+
 MODELS: list[tuple[Callable[[Any, Tensor], Any], tuple[int, ...], int]] = [
     (walrus, X, 2), (early_return, ROWS, 2), (nested_functions, X, 2),
     (without_gradients, ROWS, 2), (odd_sizes, (2, 3, 7, 9), 1), (assertions, X, 1),
     (comprehensions, ROWS, 2), (ellipsis, (2, 5, 8), 2), (spectrum, ROWS, 2), (two_shapes, X, 2),
     (numpy_sizes, ROWS, 2), (numpy_values, ROWS, 2), (vmapped, ROWS, 2),
     (vmapped_layer, (4, 5, 8), 1), (gradient, ROWS, 1), (generator, ROWS, 4), (item_set, X, 2),
-    (masked_set, X, 2), (placed, X, 2), (copied_first, X, 2),
+    (masked_set, X, 2), (placed, X, 2), (copied_first, X, 2), (boxes, X, 2),
 ]  # fmt: skip
 
 
