@@ -30,7 +30,10 @@ REAL_DATA_IS_BETTER: Final = (
 # trained on CIFAR-10 come out alike; more overshoots where noise already fits well.
 _RATE: Final = 0.2
 _WARM_UP: Final = 5
-_PATIENCE, _GAIN = 10, 0.02
+# Small networks halve the mismatch every few steps to the end. Large ones slow down, and gain
+# nothing by what is left: after 10, 13, 20 and 40 steps ResNet-18 at 224 x 224 quantizes alike, and
+# as from real data (31.9 to 32.5 dB).
+_PATIENCE, _GAIN = 5, 0.25
 # Inputs come normalised, as 0..1, as 0..16 or as bytes: the first statistics tell which.
 _SPREADS: Final = (1.0, 1 / 16, 1 / 4, 4.0, 16.0, 64.0, 256.0)
 _SHIFTS: Final = (0.0, 1.0, 2.0)
@@ -272,7 +275,7 @@ def _gradients(loss: Tensor, values: list[Tensor], model: nn.Module) -> tuple[Te
 
 
 def _settled(history: list[float], steps: int) -> bool:
-    """Whether, past the first half, the last steps brought less than two percent."""
+    """Whether, past the first half, the last five steps brought less than a quarter."""
     if len(history) <= max(steps // 2, _PATIENCE + 1):
         return False
     return min(history[-_PATIENCE:]) > (1 - _GAIN) * min(history[:-_PATIENCE])
