@@ -27,7 +27,7 @@ from torch import Tensor
 from fxquant.backends.x86_layer_rules import put
 from fxquant.graph.edit import Editor
 from fxquant.graph.op_table import argument
-from fxquant.numerics.stored import rows_of, unpack_nibbles
+from fxquant.numerics.stored import pack_nibbles, rows_of, unpack_nibbles
 from fxquant.numerics.stored_tables import StoredParts
 from fxquant.patterns.boundary import DEQUANTIZE_STORED
 from fxquant.patterns.expr import op, var
@@ -90,8 +90,43 @@ class StoredLinear(StoredParts):
         return F.linear(x.to(wide), codes.to(wide))
 
 
+def unpacked_int4(packed: Tensor, width: int, block: int) -> Tensor:
+    """The codes that ``_convert_weight_to_int4pack_for_cpu`` packed, 0 to 15, ``[rows, width]``.
+
+    Args:
+        packed: uint8 ``[rows, width / 2]``.
+        width: how many codes a row has.
+        block: how many rows stand together, column after column: the first half of them in the
+            lower halves of bytes. What is left of the rows stands in pairs of neighbours.
+    """
+    full, flat = len(packed) // block * block, packed.view(-1)
+    blocks = flat[: full * width // 2].view(-1, width, block // 2)
+    pairs = flat[full * width // 2 :].view(width, (len(packed) - full) // 2)
+    whole = torch.cat((blocks & 15, blocks >> 4), dim=-1).transpose(1, 2).reshape(full, width)
+    rest = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).t()
+    return torch.cat((whole, rest))
+
+
+@functools.cache
+def int4_block() -> int | None:
+    """In how large blocks this torch packs rows on this processor; ``None`` if it is not known."""
+    generator, width = torch.Generator().manual_seed(0), _STEP
+    for block in (64, 32):
+        for rows in range(_OUTPUTS, 10 * _OUTPUTS, _OUTPUTS):
+            plain = torch.randint(0, 16, (rows, width), generator=generator, dtype=torch.int32)
+            packed = torch._convert_weight_to_int4pack_for_cpu(plain, 1)
+            if not torch.equal(unpacked_int4(packed, width, block), plain.to(torch.uint8)):
+                break
+        else:
+            return block
+    return None
+
+
 class StoredInt4Linear(StoredParts):
     """``linear(x, (codes - zero_point) * scale, bias)`` with a scale for each group of codes.
+
+    Codes are kept as the kernel of this processor reads them, and in state dicts and pickles as
+    everywhere.
 
     Args:
         parts: what holds the weight, in codes of at most 4 bits.
@@ -107,7 +142,14 @@ class StoredInt4Linear(StoredParts):
             parts.bits,
             held["bias"],
         )
+        self.packed: Tensor | None = None
         self.pack()
+
+    def get_buffer(self, target: str) -> Tensor:
+        """As ever; codes that are kept packed only are unpacked."""
+        if target == "weight" and self._buffers["weight"] is None and self.packed is not None:
+            return pack_nibbles(unpacked_int4(self.packed, self.layout[1], int4_block() or 0))
+        return super().get_buffer(target)
 
     def pack(self) -> None:
         """Lay codes, scales and zero points out as the kernel of this processor reads them."""
@@ -117,20 +159,23 @@ class StoredInt4Linear(StoredParts):
         if not weight.is_cpu:
             return
         codes = unpack_nibbles(weight, width).to(torch.int32)
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        if int4_block() is not None:
+            self._buffers["weight"] = None
         scale = scale.float().expand(len(weight), width // size)
         zeros = self._buffers["weight_zero_point"]
         # It computes (code - 8) * scale + shift.
         shift = torch.zeros_like(scale) if zeros is None else (_MIDDLE - zeros.float()) * scale
         steps = torch.stack((scale.t(), shift.t()), dim=-1).to(torch.bfloat16).contiguous()
-        self._call = (torch._convert_weight_to_int4pack_for_cpu(codes, 1), size, steps)
+        self._call = (self.packed, size, steps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
         bias = self._buffers["bias"]
         if not self._call or not x.is_cpu or x.dtype not in _FLOATS or x.numel() == 0:
-            held = self._buffers
-            parts = (held["weight"], held["weight_scale"], held["weight_zero_point"])
-            real = rows_of(*parts, *self.layout)  # type: ignore[arg-type]  # a linear has codes and scales
+            codes = self.get_buffer("weight").to(x.device)
+            zeros = self._buffers["weight_zero_point"]
+            real = rows_of(codes, self.get_buffer("weight_scale"), zeros, *self.layout)
             return F.linear(x, real.to(x.dtype), None if bias is None else bias.to(x.dtype))
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
         sums = torch._weight_int4pack_mm_for_cpu(rows, *self._call).view(*x.shape[:-1], -1).float()
@@ -138,14 +183,21 @@ class StoredInt4Linear(StoredParts):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is laid out for this processor."""
-        return {key: value for key, value in self.__dict__.items() if key != "_call"}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_call", "packed")}
+        return state | {"_buffers": {**self._buffers, "weight": self.get_buffer("weight")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Lay it out for the processor that the copy is on."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.packed = None
         self.pack()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.get_buffer("weight")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._buffers["weight"] = self.get_buffer("weight")
         super()._load_from_state_dict(*args, **kwargs)
         self.pack()
 

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import QConfig, QSpec
+from fxquant.backends import x86_weight_only
 from fxquant.backends.x86 import X86
-from fxquant.backends.x86_weight_only import FEW_ROWS, StoredInt4Linear, StoredLinear
+from fxquant.backends.x86_weight_only import (
+    FEW_ROWS,
+    StoredInt4Linear,
+    StoredLinear,
+    int4_block,
+)
 from fxquant.numerics.stored import dequantize_stored
+from fxquant.report.checks import size_in_bytes
 
 pytestmark = pytest.mark.skipif(X86().missing() is not None, reason=str(X86().missing()))
 
@@ -118,7 +125,9 @@ def test_copies_loaded_weights_and_other_inputs(name: str) -> None:
     wanted = q(x)
     for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
         assert torch.equal(twin(x), wanted)
-        stored(twin).get_buffer("weight").zero_()
+        empty = {k: torch.zeros_like(v) for k, v in q.state_dict().items()}
+        twin.load_state_dict(empty)
+        assert not torch.equal(twin(x), wanted)
         twin.load_state_dict(q.state_dict())
         assert torch.equal(twin(x), wanted)
     assert torch.equal(q(x.t().contiguous().t()), wanted)
@@ -129,6 +138,30 @@ def test_copies_loaded_weights_and_other_inputs(name: str) -> None:
     assert q(x.double()).dtype == torch.float64 if name != "int8" else True
     x[2, 3] = math.inf
     assert q(x)[[0, 1, 3, 4]].isfinite().all() and not q(x)[2].isfinite().all()
+
+
+@pytest.mark.parametrize("outputs", [16, 48, 64, 80, 144])
+def test_codes_of_four_bits_are_kept_once(outputs: int) -> None:
+    q = layer("groups of 32", outputs, 96)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, outputs)).eval()
+    truth = fxquant.quantize(
+        model, mode="weight_only", qconfig=CONFIGS["groups of 32"], backend="reference"
+    )
+    held = stored(q)
+    assert int4_block() in (32, 64)
+    assert held._buffers["weight"] is None
+    states = q.state_dict(), truth.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert size_in_bytes(q) == size_in_bytes(truth)
+    # Where the layout is not known, codes are kept as they come too.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(x86_weight_only, "int4_block", lambda: None)
+        other = layer("groups of 32", outputs, 96)
+        assert stored(other)._buffers["weight"] is not None
+        x = torch.randn(3, 96)
+        assert torch.equal(copy.deepcopy(other)(x), q(x))
 
 
 @pytest.mark.parametrize(
