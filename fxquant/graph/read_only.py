@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxquant.graph.dispatch import QuietMode
 
 
 class WriteError(Exception):
@@ -44,7 +45,7 @@ def borrowed(model: nn.Module) -> dict[int, nn.Parameter]:
     return {key: twin for key, twin in made.items() if key not in own}
 
 
-class ReadOnly(TorchDispatchMode):
+class ReadOnly(QuietMode):
     """Raises where an op is about to write into what was borrowed.
 
     Args:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxquant.graph.dispatch import QuietMode
 from fxquant.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _TIMES: Final = 8
 _UNINITIALISED: Final = ("aten::empty", "aten::new_empty")
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(QuietMode):
     """Notes what is drawn at random, and how much memory results take."""
 
     def __init__(self) -> None:
