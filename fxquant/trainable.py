@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,10 +22,12 @@ from fxquant.graph.both_modes import capture_both
 from fxquant.graph.capture import copied
 from fxquant.graph.held_state import state_kept
 from fxquant.graph.info import info, write_info
-from fxquant.graph.op_table import module_of, module_op
+from fxquant.graph.op_table import module_of, module_op, op_of
+from fxquant.graph.ops import Kind
 from fxquant.graph.recurrent_layers import as_called
 from fxquant.graph.user_class import with_user_class
 from fxquant.graph.user_tree import TrainableModule, adopt_tree
+from fxquant.graph.view import tensor_sources
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.numerics.finite import all_finite
 from fxquant.numerics.observers import Observer
@@ -34,6 +37,8 @@ from fxquant.recipes import fake_quantize_recipe, training_recipe
 from fxquant.record import KEY, Part, Record, attach, record_of
 from fxquant.report.checks import nothing_int8, size_in_bytes
 from fxquant.report.ops import read_ops
+
+_MOVES: Final = (Kind.MOVE, Kind.SPLIT, Kind.PICK)
 
 
 @dataclass(frozen=True)
@@ -183,17 +188,37 @@ def start_from(trainee: GraphModule, calibrated: GraphModule) -> None:
         if isinstance(observer, Observer) and observer.seen and isinstance(value, Node):
             # A folded norm comes last among the origins of its layer: the value is the norm's.
             # What only drops in training comes later still, and is an op of its own there.
-            last = [name for name in info(value).origins if name not in dropped][-1:]
-            for name in last:
+            origins = info(value).origins
+            last = [name for name in origins if name not in dropped][-1:]
+            for name in (*last, *(name for name in origins if name in dropped)):
                 watched.setdefault(name, []).append((value, observer))
     for node in trainee.graph.find_nodes(op="call_module"):
         fake, value = module_of(node), node.args[0]
         if isinstance(fake, FakeQuantize) and isinstance(value, Node):
-            found = [pair for name in info(value).origins for pair in watched.get(name, ())]
-            # One captured op may have become several, in the same way in both.
-            same = [pair for pair in found if pair[0].name == value.name] or found
-            if len(same) == 1:
-                fake.start(same[0][1].qparams())
+            found = next(filter(None, (_observer(each, watched) for each in _made_of(value))), None)
+            if found is not None:
+                fake.start(found.qparams())
+
+
+def _observer(value: Node, watched: dict[str, list[tuple[Node, Observer]]]) -> Observer | None:
+    """The observer of a value, if it is known which one that is."""
+    found = [pair for name in info(value).origins for pair in watched.get(name, ())]
+    # One captured op may have become several, in the same way in both.
+    same = [pair for pair in found if pair[0].name == value.name] or found
+    return same[0][1] if len(same) == 1 else None
+
+
+def _made_of(value: Node) -> Iterator[Node]:
+    """A value, and what was only moved, or dropped at random, to make it: its range is no wider."""
+    while True:
+        yield value
+        module = module_of(value) if value.op == "call_module" else None
+        op = module_op(module) if module is not None else op_of(value)
+        moves = op is not None and (op.name == "dropout" or op.kind in _MOVES)
+        sources = tensor_sources(value) if moves else list(value.args[:1])
+        if not (moves or isinstance(module, FakeQuantize)) or not isinstance(sources[0], Node):
+            return
+        value = sources[0]
 
 
 def check_trained(prepared: nn.Module) -> None:

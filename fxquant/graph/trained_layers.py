@@ -104,6 +104,32 @@ class TrainedEmbedding(nn.Embedding):
         )
 
 
+class TrainedEmbeddingBag(nn.EmbeddingBag):
+    """An ``nn.EmbeddingBag`` whose table may be given."""
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """As the class's own, with another table where one is given."""
+        return F.embedding_bag(
+            input,
+            _chosen(self, weight),
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+
+
 _TRANSPOSED: Final[dict[int, Any]] = {
     1: F.conv_transpose1d,
     2: F.conv_transpose2d,
@@ -118,6 +144,7 @@ _TRAINED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.ConvTranspose3d: TrainedConvTranspose3d,
     nn.Linear: TrainedLinear,
     nn.Embedding: TrainedEmbedding,
+    nn.EmbeddingBag: TrainedEmbeddingBag,
 }
 
 

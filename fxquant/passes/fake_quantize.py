@@ -177,7 +177,7 @@ def _weight_spec(node: Node) -> QSpec | None:
     if op.kind is Kind.CONTRACT:
         return weight if wanted_int8(node) or wanted(node, "dynamic") else None
     layer = _layer(node)
-    if not isinstance(layer, nn.Embedding) or config.activation is None:
+    if not isinstance(layer, nn.Embedding | nn.EmbeddingBag) or config.activation is None:
         return None
     # Gradients with rows left out cannot be passed on to a table, nor rows be changed in place.
     return None if layer.sparse or layer.max_norm is not None else weight

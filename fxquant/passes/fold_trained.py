@@ -100,6 +100,7 @@ def _settle(editor: Editor, node: Node, given: Node, fake: FakeQuantizeWeight) -
         view[fake.axis] = -1
     grid = nn.Parameter(codes * scale.view(view), requires_grad=False)
     twin.register_parameter("weight", grid)
+    _keep_read(editor, node, "weight")
     with editor.rule("fold-trained", note="" if norm is None else f"with {norm.target}"):
         editor.set_module(str(node.target), twin)
         editor.set_call(node, node.target, node.args, {})
@@ -124,6 +125,8 @@ def _settle_matrices(editor: Editor, node: Node, layer: nn.RNNBase) -> None:
         codes, scale = fake.codes(layer.get_parameter(name).detach())
         weights[name] = codes * (scale if fake.axis is None else scale.view(-1, 1))
         scales.append((name, tuple(scale.tolist())))
+    for name in found:
+        _keep_read(editor, node, name)
     twin = share_parameters(layer)
     with_matrices(layer, twin, weights)  # type: ignore[arg-type]  # a copy has its class
     config = info(node).config
@@ -136,6 +139,23 @@ def _settle_matrices(editor: Editor, node: Node, layer: nn.RNNBase) -> None:
                 config = dataclasses.replace(config, weight=fake.spec)
             _erase_sources(editor, given)
         editor.annotate(node, matrix_scales=tuple(scales), config=config)
+
+
+def _keep_read(editor: Editor, node: Node, name: str) -> None:
+    """Who reads a weight as a tensor was trained with it as it is, and goes on to read that."""
+    for read in editor.graph.find_nodes(op="get_attr", target=f"{node.target}.{name}"):
+        others = [
+            user
+            for user in read.users
+            if user.op != "call_module" or not isinstance(module_of(user), FakeQuantizeWeight)
+        ]
+        if others:
+            weight = module_of(node).get_parameter(name)
+            with editor.rule("keep-weight", note=f"of {node.target}"):
+                place = editor.add_buffer(f"{node.name}_{name}", weight)
+                kept = editor.get_attr(place, like=read, before=read)
+                for user in others:
+                    editor.replace_use(user, read, kept)
 
 
 def _per_channel(scale: Tensor, signed: Tensor) -> Tensor:

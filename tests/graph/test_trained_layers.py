@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[nn.Module, Tensor]] = {
     "up2d": (nn.ConvTranspose2d(4, 6, 2, groups=2, padding=1), torch.randn(2, 4, 5, 5)),
     "up3d": (nn.ConvTranspose3d(2, 3, 2), torch.randn(1, 2, 3, 3, 3)),
     "linear": (nn.Linear(5, 3), torch.randn(2, 4, 5)),
+    "bag": (nn.EmbeddingBag(9, 4, mode="mean", padding_idx=1), torch.randint(0, 9, (3, 5))),
     "embedding": (nn.Embedding(9, 4, padding_idx=1), torch.randint(0, 9, (3, 5))),
 }
 

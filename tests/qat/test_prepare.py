@@ -16,7 +16,7 @@ import fxquant.schedule
 from fxquant.errors import CalibrationError
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.numerics.fake_weights import FakeQuantizeWeight
-from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, switch, trained
+from tests.qat.models import CASES, Dense, Residual, built, pictures, rows, switch, tokens, trained
 
 BATCH_NORMED = ("residual", "upward", "dense", "twice")
 
@@ -332,6 +332,51 @@ def test_a_learned_scale_below_0_counts_by_its_size_and_trains_on() -> None:
     before = [scale.detach().clone() for scale in scales]
     trained(made.train(), pictures, steps=1)
     assert all(not torch.equal(a, b) for a, b in zip(scales, before, strict=True))
+
+
+class Mirror(nn.Module):
+    """The weight of a layer is read as a tensor too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(self.inside(x)), self.inside.weight.t())
+
+
+def test_a_weight_that_is_also_read_as_a_tensor_is_read_as_it_was_trained() -> None:
+    made = fxquant.prepare(Mirror().train(), mode="qat", example_inputs=(rows(),))
+    trained(made, rows)
+    for backend in ("reference", "x86"):
+        quantized = fxquant.convert(made, backend=backend)
+        assert fxquant.verify(made, quantized, [rows(9)]).ok
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(rows(9)), made.eval()(rows(9)), rtol=0, atol=1e-5)
+        made.train()
+
+
+class Bags(nn.Module):
+    """Means of rows of a table."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(20, 16, mode=mode), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.out(torch.relu(self.bag(x)))
+        return made
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+def test_tables_of_bags_are_rounded_as_they_are_deployed(mode: str) -> None:
+    made: Any = fxquant.prepare(Bags(mode).train(), mode="qat", example_inputs=(tokens(),))
+    assert isinstance(made.fake_quant.bag_weight, FakeQuantizeWeight)
+    trained(made, tokens, rate=0.1)
+    quantized = fxquant.convert(made, backend="reference")
+    assert fxquant.verify(made, quantized, [tokens(9)]).ok
+    table = next(op for op in fxquant.report(quantized).ops if op.path == "bag")
+    assert table.int8
 
 
 def test_values_that_nobody_watched_are_told() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import Observer
-from tests.qat.models import CASES, built, pictures, trained
+from tests.qat.models import CASES, built, pictures, sequences, trained
 
 
 def calibrated(name: str, **options: Any) -> tuple[nn.Module, Any]:
@@ -60,6 +60,28 @@ class Residue(nn.Module):
         x = torch.relu(self.a(x))
         made: Tensor = self.last(torch.relu(x + self.drop(self.b(x))))
         return made
+
+
+class Moved(nn.Module):
+    """What is dropped and moved in training only is moved on codes in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 4)
+        self.norm, self.drop = nn.LayerNorm(8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.b(self.drop(self.norm(self.a(x)))[:, 1:].transpose(0, 1))
+        return made
+
+
+def test_ranges_are_found_through_moves_and_dropout() -> None:
+    torch.manual_seed(0)
+    static = fxquant.prepare(Moved().eval(), example_inputs=(sequences(),))
+    fxquant.calibrate(static, [sequences(n) for n in range(4)])
+    made = fxquant.prepare(static, mode="qat")
+    fakes = activations(made)
+    assert fakes and all(fake.seen for fake in fakes)
 
 
 def test_what_static_mode_does_not_quantize_gets_its_range_in_training() -> None:
