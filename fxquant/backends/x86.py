@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxquant.backends.base import MEASURED, WITHOUT_VNNI, Costs
+from fxquant.backends.x86_attention import ATTENTION_RULES
 from fxquant.backends.x86_dynamic_products import DYNAMIC_PRODUCT_RULES
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
 from fxquant.backends.x86_layer_rules import LAYER_RULES
@@ -43,6 +44,7 @@ class X86:
     rules: tuple[Rule, ...] = (
         *LAYER_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES, *WEIGHT_ONLY_RULES, *INT4_RULES,
         *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
+        *ATTENTION_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: {IntegerRecurrent: X86Recurrent}

@@ -23,6 +23,13 @@ def has_vnni() -> bool:
     return bool(probe()) if probe is not None else False
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    found = (getattr(torch.cpu, name, None) for name in probes)
+    return any(probe() for probe in found if probe is not None)
+
+
 @functools.cache
 def layers_saturate() -> bool:
     """Whether the kernels of convolutions and linears lose the largest products."""
