@@ -18,12 +18,19 @@ from fxquant.errors import SpeedWarning
 pytestmark = pytest.mark.skipif(X86().missing() is not None, reason=str(X86().missing()))
 
 
-def parts(
-    *shape: int, keys: int | None = None, dtype: torch.dtype = torch.bfloat16
-) -> list[Tensor]:
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def parts(*shape: int, keys: int | None = None, dtype: torch.dtype = HALF) -> Parts:
     generator = torch.Generator().manual_seed(0)
-    shapes = (shape, *((*shape[:-2], keys or shape[-2], shape[-1]),) * 2)
-    return [torch.randn(each, generator=generator).to(dtype) for each in shapes]
+    other = (*shape[:-2], keys or shape[-2], shape[-1])
+    q, k, v = (torch.randn(s, generator=generator).to(dtype) for s in (shape, other, other))
+    return q, k, v
+
+
+def fused(given: Parts, scale: float | None = None) -> Tensor:
+    q, k, v = given
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def decibels(exact: Tensor, found: Tensor) -> float:
@@ -37,7 +44,8 @@ def decibels(exact: Tensor, found: Tensor) -> float:
 def test_it_is_attention(shape: tuple[int, ...], keys: int | None, scale: float | None) -> None:
     given = parts(*shape, keys=keys)
     found = X86Attention(scale)(*given)
-    exact = F.scaled_dot_product_attention(*(each.double() for each in given), scale=scale)
+    q, k, v = (each.double() for each in given)
+    exact = fused((q, k, v), scale)
     assert found.dtype is torch.bfloat16
     assert found.shape == exact.shape
     # Scores of about 1, their softmax and the result are rounded to 8 bits: 2**-9 / sqrt(3) each.
@@ -45,9 +53,9 @@ def test_it_is_attention(shape: tuple[int, ...], keys: int | None, scale: float 
 
 
 def test_tensors_may_lie_anywhere() -> None:
-    given = [each.transpose(1, 2) for each in parts(2, 9, 4, 16)]
-    plain = [each.contiguous() for each in given]
-    assert torch.equal(X86Attention(None)(*given), X86Attention(None)(*plain))
+    q, k, v = (each.transpose(1, 2) for each in parts(2, 9, 4, 16))
+    plain = X86Attention(None)(q.contiguous(), k.contiguous(), v.contiguous())
+    assert torch.equal(X86Attention(None)(q, k, v), plain)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +63,19 @@ def test_tensors_may_lie_anywhere() -> None:
     [
         parts(2, 4, 9, 16, dtype=torch.float32),
         parts(9, 16),
-        [parts(2, 4, 9, 16)[0], *parts(1, 4, 9, 16)[1:]],
+        (parts(2, 4, 9, 16)[0], *parts(1, 4, 9, 16)[1:]),
         parts(2, 4, 0, 16),
     ],
     ids=["float32", "no heads", "one batch of keys", "no tokens"],
 )
-def test_the_rest_is_torchs(given: list[Tensor]) -> None:
-    assert torch.equal(X86Attention(None)(*given), F.scaled_dot_product_attention(*given))
+def test_the_rest_is_torchs(given: Parts) -> None:
+    assert torch.equal(X86Attention(None)(*given), fused(given))
 
 
 def test_many_scores_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86_attention, "_MOST", 100)
     given = parts(2, 4, 9, 16)
-    assert torch.equal(X86Attention(None)(*given), F.scaled_dot_product_attention(*given))
+    assert torch.equal(X86Attention(None)(*given), fused(given))
 
 
 class Net(nn.Module):
