@@ -18,6 +18,7 @@ from fxquant.errors import SpeedWarning
 pytestmark = pytest.mark.skipif(X86().missing() is not None, reason=str(X86().missing()))
 
 
+HALF = torch.bfloat16
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
