@@ -32,6 +32,7 @@ class IntegerRecurrent(Recurrence, nn.Module):
         reads: how the rows of inputs are quantized.
 
     Example:
+        >>> import torch
         >>> gru = nn.GRU(2, 3)
         >>> names = ("weight_ih_l0", "weight_hh_l0")
         >>> codes = {n: (getattr(gru, n).mul(99).char(), torch.tensor([1 / 99])) for n in names}

@@ -26,6 +26,7 @@ from fxquant.graph.op_table import (
     op_names,
 )
 from fxquant.graph.ops import Kind, Op, Spelling
+from fxquant.graph.random_drops import RandomDrop
 from fxquant.graph.table_norms import FunctionalBatchNorm, FunctionalInstanceNorm
 from fxquant.graph.table_pools import WITH_INDICES
 from tests.graph.spelling import Case
@@ -287,6 +288,7 @@ def test_every_module_class_has_a_case() -> None:
             UnaryChain,
             IntegerEmbedding,
             IntegerEmbeddingBag,
+            RandomDrop,
         }
         wanted = set(op.modules) - by_rewrites
         assert made == wanted, f"{op.name}: cases of {made}, spellings {wanted}"
