@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.graph.functions import one_call
 
+
+@one_call
 def where_codes(input: Tensor, other: Tensor, *, condition: Tensor) -> Tensor:
     """Return ``input`` where ``condition``, else ``other``, by bits (299 us, 47 us).
 
@@ -28,11 +31,13 @@ def where_codes(input: Tensor, other: Tensor, *, condition: Tensor) -> Tensor:
     return ((input ^ other) & bits) ^ other
 
 
+@one_call
 def masked_fill_codes(input: Tensor, *, mask: Tensor, value: int) -> Tensor:
     """Put the code ``value`` where ``mask`` (384 us, 63 us)."""
     return where_codes(_scalar(value, input), input, condition=mask)
 
 
+@one_call
 def where_number_codes(input: Tensor, other: int, *, condition: Tensor) -> Tensor:
     """Put the code ``other`` where ``condition`` does not hold."""
     return where_codes(input, _scalar(other, input), condition=condition)
@@ -42,11 +47,13 @@ def _scalar(value: int, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
+@one_call
 def tril_codes(input: Tensor, *, diagonal: int, zero_point: int) -> Tensor:
     """Keep the lower triangle, the rest is zero (202 us, 78 us)."""
     return _triangle(input, torch.tril, diagonal, zero_point)
 
 
+@one_call
 def triu_codes(input: Tensor, *, diagonal: int, zero_point: int) -> Tensor:
     """Keep the upper triangle, the rest is zero."""
     return _triangle(input, torch.triu, diagonal, zero_point)
@@ -58,6 +65,7 @@ def _triangle(input: Tensor, side: Any, diagonal: int, zero_point: int) -> Tenso
     return where_number_codes(input, zero_point, condition=mask)
 
 
+@one_call
 def pixel_shuffle_codes(input: Tensor, *, upscale_factor: int) -> Tensor:
     """Channels to pixels, a strided copy for each of the factor squared (608 us, 206 us)."""
     factor = upscale_factor
@@ -70,6 +78,7 @@ def pixel_shuffle_codes(input: Tensor, *, upscale_factor: int) -> Tensor:
     return result
 
 
+@one_call
 def pixel_unshuffle_codes(input: Tensor, *, downscale_factor: int) -> Tensor:
     """Pixels to channels (599 us, 221 us)."""
     factor = downscale_factor
@@ -79,6 +88,7 @@ def pixel_unshuffle_codes(input: Tensor, *, downscale_factor: int) -> Tensor:
     return torch.stack(steps, -3).reshape(shape)
 
 
+@one_call
 def repeat_interleave_codes(input: Tensor, *, repeats: Any, dim: int | None) -> Tensor:
     """Repeat every element; by a number along the last dimension by stacking (658 us, 285 us)."""
     if (
@@ -91,6 +101,7 @@ def repeat_interleave_codes(input: Tensor, *, repeats: Any, dim: int | None) -> 
     return torch.repeat_interleave(input, repeats, dim)
 
 
+@one_call
 def take_along_dim_codes(input: Tensor, *, indices: Tensor, dim: int | None) -> Tensor:
     """Take along a dimension by ``gather`` (torch's own call took 360 us, and 1170 us on codes)."""
     if dim is None:
@@ -103,6 +114,7 @@ def take_along_dim_codes(input: Tensor, *, indices: Tensor, dim: int | None) -> 
     return input.expand(shape).gather(place, indices.expand(shape))
 
 
+@one_call
 def getitem_codes(input: Tensor, index: Any) -> Tensor:
     """Index; a list or tensor of places along one dimension by ``index_select`` (80 us, 6 us)."""
     places = index if isinstance(index, tuple) else (index,)
@@ -120,6 +132,7 @@ def getitem_codes(input: Tensor, index: Any) -> Tensor:
     return input[index]
 
 
+@one_call
 def im2col_codes(
     input: Tensor, *, kernel_size: Any, dilation: Any, padding: Any, stride: Any, zero_point: int
 ) -> Tensor:
@@ -158,6 +171,7 @@ def im2col_codes(
     return torch.stack(windows, -3).reshape(shape)
 
 
+@one_call
 def max_unpool_codes(
     input: Tensor,
     *,

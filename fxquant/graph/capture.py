@@ -25,7 +25,7 @@ from fxquant.graph.info import info
 from fxquant.graph.names import check_names
 from fxquant.graph.patches import patched
 from fxquant.graph.pieces import WHOLE, whole_graph
-from fxquant.graph.proxies import TransformError, ValueDependentError
+from fxquant.graph.proxies import CaughtError, TransformError, ValueDependentError
 from fxquant.graph.read_only import ReadOnly, WriteError, borrowed, give_back
 from fxquant.graph.settle import settle
 from fxquant.graph.signature import Binding, bind_example
@@ -307,7 +307,8 @@ def _left_as_found(root: nn.Module, binding: Binding) -> Generator[None]:
     if not binding.given:
         yield
         return
-    modules = list(root.modules())
+    # Those that are scripted keep their registries to themselves.
+    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     buffers = [(m._buffers, dict(m._buffers)) for m in modules]
     values = [(b, b.detach().clone()) for b in root.buffers()]
     devices = {b.device for b in (*root.buffers(), *root.parameters()) if b.device.type == "cuda"}
@@ -341,6 +342,8 @@ def _line(error: Exception) -> str:
     """Why tracing ended, and the user's line."""
     if isinstance(error, ValueDependentError):
         return f"a branch depends on what a tensor holds, at {error}"
+    if isinstance(error, CaughtError):
+        return f"an op fails on the example and the code goes on without it, at {error}"
     where = user_line(error, error.__traceback__)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}, at {where}"
 

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function be one call in a graph that is traced anew, as unpickling does.
+
+    Args:
+        function: takes tensors, and may look at them.
+
+    Example:
+        >>> doubled = one_call(lambda x: x * 2)
+        >>> [node.op for node in torch.fx.symbolic_trace(lambda x: doubled(x)).graph.nodes]
+        ['placeholder', 'call_function', 'output']
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            found: R = handle_torch_function(call, given, *args, **kwargs)
+            return found
+        return function(*args, **kwargs)
+
+    return call
 
 
 def power_of(input: Tensor, base: float) -> Tensor:

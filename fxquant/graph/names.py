@@ -36,7 +36,7 @@ def check_names(model: nn.Module) -> None:
 def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
     for path, module in model.named_modules():
         for held in (module._modules, module._parameters, module._buffers):
-            for name in held:
+            for name in held.keys():  # noqa: SIM118 - those of ScriptModules iterate by place
                 yield path, name
 
 

@@ -99,6 +99,8 @@ def parts_of(module: nn.Module, leaf: str) -> Iterator[tuple[str, nn.Module]]:
 def _children(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         where = f"{path}.{name}"
+        if isinstance(child, torch.jit.ScriptModule):
+            continue  # its Python code is gone
         if type(child).forward is nn.Module.forward:  # ModuleList, ModuleDict: never called
             yield from _children(child, where)
         else:

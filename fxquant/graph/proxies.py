@@ -52,6 +52,10 @@ class TransformError(Exception):
     """A function such as ``torch.vmap`` runs code on tensors of its own, which no graph shows."""
 
 
+class CaughtError(TransformError):
+    """An op failed and the code went on: with other sizes it may not fail, and no guard says so."""
+
+
 class Answering(Protocol):
     """What proxies ask of their tracer."""
 

@@ -21,6 +21,7 @@ from fxquant.graph.containers import kind_of, rebuild, take_apart
 from fxquant.graph.info import KEY, NodeInfo, ValueKind
 from fxquant.graph.proxies import (
     SCALARS,
+    CaughtError,
     Held,
     NoValueError,
     Proxy,
@@ -54,6 +55,7 @@ class Tracer(Answers, fx.Tracer):
         self._own: dict[CodeType, bool] = {}
         self._calls: dict[str, int] = {}
         self._running = False
+        self._failed: tuple[str, str] | None = None
         self._places: dict[int, str] = {}
 
     def is_mine(self) -> bool:
@@ -73,14 +75,18 @@ class Tracer(Answers, fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch's own layers, and what could not be traced."""
-        if module_qualified_name in self._leaves or isinstance(m, RandomDrop):
+        """torch's own layers, what is scripted, and what could not be traced."""
+        if module_qualified_name in self._leaves:
+            return True
+        if isinstance(m, RandomDrop | torch.jit.ScriptModule):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def innermost(self) -> str:
         """After a failure: the path of the innermost module that ran; empty for the root."""
         stack = getattr(self, "module_stack", {})
+        if not stack and self._failed:
+            return self._failed[1]
         return str(next(reversed(stack.values()))[0]) if stack else ""
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -131,6 +137,8 @@ class Tracer(Answers, fx.Tracer):
 
         def call(*args: Any) -> Any:
             result = root_fn(*args, **keyword)
+            if self._failed:
+                raise CaughtError(self._failed[0])
             self.settle_facts()
             return result
 
@@ -175,18 +183,25 @@ class Tracer(Answers, fx.Tracer):
         return proxy
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        self._running = True
+        self._running, done = True, False
         try:
-            if kind == "call_function":
-                return target(*args, **kwargs)
-            if kind == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            found: Any = self.root
-            for part in str(target).split("."):
-                found = getattr(found, part)
-            return found(*args, **kwargs) if kind == "call_module" else found
+            value = self._called(kind, target, args, kwargs)
+            done = True
+            return value
         finally:
             self._running = False
+            if not done and not self._failed:
+                self._failed = (self.text(), self.innermost())
+
+    def _called(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "call_function":
+            return target(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        found: Any = self.root
+        for part in str(target).split("."):
+            found = getattr(found, part)
+        return found(*args, **kwargs) if kind == "call_module" else found
 
     def create_arg(self, a: Any) -> Any:
         """Containers of other classes than ``tuple``, ``list`` and ``dict`` are put together."""

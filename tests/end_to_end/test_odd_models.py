@@ -156,6 +156,19 @@ def boxes(m: Any, x: Tensor) -> Any:
     return m.d(y)
 
 
+def caught(m: Any, x: Tensor) -> Any:
+    try:
+        return m.k(m.l(x).view(-1, 3 * 8))
+    except RuntimeError:
+        return m.k(m.l(x))
+
+
+def chosen(m: Any, x: Tensor) -> Any:
+    y = m.l(x)
+    z = torch.where(y > 0, y, y * 0.1)
+    return m.k(z), (z > -9).float().mean()
+
+
 MODELS: list[tuple[Callable[[Any, Tensor], Any], tuple[int, ...], int]] = [
     (walrus, X, 2), (early_return, ROWS, 2), (nested_functions, X, 2),
     (without_gradients, ROWS, 2), (odd_sizes, (2, 3, 7, 9), 1), (assertions, X, 1),
@@ -163,6 +176,7 @@ MODELS: list[tuple[Callable[[Any, Tensor], Any], tuple[int, ...], int]] = [
     (numpy_sizes, ROWS, 2), (numpy_values, ROWS, 2), (vmapped, ROWS, 2),
     (vmapped_layer, (4, 5, 8), 1), (gradient, ROWS, 1), (generator, ROWS, 4), (item_set, X, 2),
     (masked_set, X, 2), (placed, X, 2), (copied_first, X, 2), (boxes, X, 2),
+    (caught, ROWS, 2), (chosen, ROWS, 2),
 ]  # fmt: skip
 
 
@@ -317,3 +331,29 @@ def test_signatures_stay_what_they_are(backend: str) -> None:
             check_near([wanted.y, *wanted.parts], [found.y, *found.parts])
             with pytest.raises(fxquant.errors.GuardError, match="which"):
                 each(*args, which="b")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_scripted_modules_are_called_as_they_are() -> None:
+    torch.manual_seed(0)
+    script = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval())
+    layers = {"l": nn.Linear(8, 8), "k": nn.Linear(8, 8), "script": script}
+    model = Odd(lambda m, x: m.k(m.script(m.l(x))), **layers).eval()
+    made = fxquant.quantize(model, [torch.randn(16, 8)], backend="reference")
+    assert sum(op.int8 for op in fxquant.report(made).ops) == 2
+    for count in (1, 16):
+        x = torch.randn(count, 8)
+        with torch.no_grad():
+            check_near(model(x), made(x))
+
+
+def test_where_an_op_fails_and_is_caught_other_sizes_go_their_own_way() -> None:
+    """No guard can say that an op will fail again: the module stays its own code."""
+    model = Odd(caught, l=nn.Linear(8, 8), k=nn.Identity()).eval()
+    made = fxquant.quantize(model, [torch.randn(4, 8)], backend="reference")
+    for count in (4, 3, 6):
+        x = torch.randn(count, 8)
+        with torch.no_grad():
+            check_near(model(x), made(x))
+    why = fxquant.report(made).to_dict()["parts"][0]["why"]
+    assert "an op fails on the example" in why and "test_odd_models.py" in why
