@@ -22,6 +22,7 @@ from fxquant.backends.layer_parts import (
     geometry_of,
     tensors_of,
     transposed_geometry_of,
+    weight_of,
 )
 from fxquant.backends.x86_dynamic import X86DynamicConv, X86DynamicLinear
 from fxquant.backends.x86_dynamic_transposed import X86DynamicConvTranspose
@@ -122,6 +123,8 @@ def _call_once_made(
             return call_layer(editor, _path(layers[0]), rows, layers, value)
     other = before[0][1] if before else None
     module = make(other if isinstance(other, X86Layer) else None)
+    if len(layers) == 1 and ties[0] is not None and ties[0].table:
+        module.keep_plain(weight_of(layers[0]))
     made = call_layer(editor, module, rows, layers, value)
     known.append(str(made.target))
     return made

@@ -174,6 +174,8 @@ def _make_linear(
         made = (X86Linear if flat else X86Pointwise)(*parts, post, packed)
     if tied is not None:
         tied.packed = made.packed
+        if tied.table:
+            made.keep_plain(parts[0])
     return made
 
 

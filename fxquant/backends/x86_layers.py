@@ -87,6 +87,7 @@ class X86Layer(nn.Module):
         shared = packed is not None and unpacks_exactly()
         self._buffers["weight"] = None if shared else weight
         self.packed: Tensor | None = packed if shared else None
+        self.keeps_plain = False
         self.weight_shape = tuple(weight.shape)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
@@ -111,6 +112,10 @@ class X86Layer(nn.Module):
         """Rebuild what the kernel wants from the buffers."""
         raise TypeError(f"{type(self).__name__} does not define pack()")
 
+    def keep_plain(self, weight: Tensor) -> None:
+        """Keep the plain weight, which a table keeps anyway, so that files hold it once."""
+        self.keeps_plain, self._buffers["weight"] = True, weight
+
     def packed_linear(self, extra: int = 0) -> Tensor:
         """The weight as the linear kernel wants it; from now on the only form that is kept.
 
@@ -123,7 +128,7 @@ class X86Layer(nn.Module):
         matrix = F.pad(self.weight.flatten(1), (0, extra)) if extra else self.weight.flatten(1)
         packed: Tensor = _ONEDNN.qlinear_prepack(matrix, None)
         self.packed = packed
-        if unpacks_exactly():
+        if unpacks_exactly() and not self.keeps_plain:
             self._buffers["weight"] = None
         return packed
 

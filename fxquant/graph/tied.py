@@ -16,11 +16,13 @@ class Tied:
 
     Args:
         calls: how many calls read it.
+        table: whether one of them is a lookup, which reads the plain codes.
         packed: what the kernel of static linears reads, once one of the calls has made it.
         made: paths of the modules that were made of it, by what else they depend on.
     """
 
     calls: int = 0
+    table: bool = False
     packed: Tensor | None = None
     made: dict[Hashable, list[str]] = field(default_factory=dict)
 

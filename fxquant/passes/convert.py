@@ -108,7 +108,7 @@ class Convert(Pass):
                 self._weight(editor, node, op, cache, ties)
         self._edges(editor)
         for node in [n for n in editor.graph.nodes if is_op(n, "embedding", "embedding_bag")]:
-            self._table(editor, node, cache)
+            self._table(editor, node, cache, ties)
         with editor.rule("drop-dead"):
             editor.clean()
 
@@ -139,7 +139,7 @@ class Convert(Pass):
             editor.set_module(path, held)
             self._call(editor, node, op, layer, None if scale.numel() == 1 else axis)
 
-    def _table(self, editor: Editor, node: Node, cache: _Cache) -> None:
+    def _table(self, editor: Editor, node: Node, cache: _Cache, ties: dict[int, Tied]) -> None:
         """Store a table of embeddings as int8: a lookup moves rows, whatever runs the rest."""
         config, layer = info(node).config, module_of(node)
         if config is None or config.activation is None or not isinstance(layer, _TABLES):
@@ -148,6 +148,9 @@ class Convert(Pass):
         if why is None:
             spec = config.weight or DEFAULT_WEIGHT
             integers = _cached(node, table, spec, 0, cache, False)
+            tied = ties.get(id(integers[0]))
+            if tied is not None:
+                tied.calls, tied.table = tied.calls + 1, True
             why, by = "its table is int8", info(node).configured_by
             with editor.rule("quantize-table"):
                 made: nn.Module = (

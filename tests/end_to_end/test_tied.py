@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,38 @@ def test_static_linears_share_the_packed_weight(name: str) -> None:
     noise = (q(x) - truth(x)).square().mean() / truth(x).square().mean()
     assert float(noise) < 1e-3  # codes may differ by one
     assert torch.equal(pickle.loads(pickle.dumps(q))(x), q(x))
+
+
+class Words(nn.Module):
+    """A table that is the last layer's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(24, 16), nn.Linear(16, 16), nn.Linear(16, 24)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        made: Tensor = self.head(torch.tanh(self.mix(self.table(ids))))
+        return made
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_table_that_is_a_layer_too_is_stored_once(mode: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = Words().eval(), torch.randint(0, 24, (3, 5))
+    data = [ids] if mode == "static" else None
+    q = fxquant.quantize(model, data, mode=mode, backend="x86", example_inputs=ids)
+    file = io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    for made in (q, copy.deepcopy(q), torch.load(file, weights_only=False)):
+        state = made.state_dict()
+        assert state["head.weight"].data_ptr() == state["table.weight"].data_ptr()
+        assert torch.equal(made(ids), q(ids))
+    other = copy.deepcopy(q)
+    other.load_state_dict({k: torch.zeros_like(v) for k, v in q.state_dict().items()})
+    other.load_state_dict(q.state_dict())
+    assert torch.equal(other(ids), q(ids))
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
