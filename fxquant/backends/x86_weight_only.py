@@ -130,9 +130,10 @@ class StoredInt4Linear(StoredParts):
 
     Args:
         parts: what holds the weight, in codes of at most 4 bits.
+        shared: whether another module holds the codes as they come too, and so may this.
     """
 
-    def __init__(self, parts: StoredParts) -> None:
+    def __init__(self, parts: StoredParts, *, shared: bool = False) -> None:
         held = parts._buffers
         super().__init__(
             held["weight"],
@@ -143,6 +144,7 @@ class StoredInt4Linear(StoredParts):
             held["bias"],
         )
         self.packed: Tensor | None = None
+        self.shared = shared
         self.pack()
 
     def get_buffer(self, target: str) -> Tensor:
@@ -160,7 +162,7 @@ class StoredInt4Linear(StoredParts):
             return
         codes = unpack_nibbles(weight, width).to(torch.int32)
         self.packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        if int4_block() is not None:
+        if int4_block() is not None and not self.shared:
             self._buffers["weight"] = None
         scale = scale.float().expand(len(weight), width // size)
         zeros = self._buffers["weight_zero_point"]
@@ -239,7 +241,10 @@ def _lower(match: Match, editor: Editor) -> None:
     parts = editor.module.get_submodule(_path(match))
     if not isinstance(parts, StoredParts):
         raise TypeError(f"{_path(match)} is no stored layer")
-    made = StoredInt4Linear(parts) if parts.layout[2] else StoredLinear(parts)
+    codes = parts.get_buffer("weight")
+    others = [module for module in editor.module.modules() if module is not parts]
+    shared = any(module._buffers.get("weight") is codes for module in others)
+    made = StoredInt4Linear(parts, shared=shared) if parts.layout[2] else StoredLinear(parts)
     put(match, editor, made, (match.bound["x"],), None, path=_path(match), like=like)
 
 

@@ -140,6 +140,24 @@ def test_copies_loaded_weights_and_other_inputs(name: str) -> None:
     assert q(x)[[0, 1, 3, 4]].isfinite().all() and not q(x)[2].isfinite().all()
 
 
+def test_a_table_that_is_a_layer_too_is_stored_once() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(48, 64), nn.Linear(64, 48, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            made: Tensor = self.head(self.table(ids))
+            return made
+
+    q = fxquant.quantize(Words().eval(), mode="weight_only", qconfig="weight-only-int4")
+    assert isinstance(q.get_submodule("head"), StoredInt4Linear)
+    for made in (q, copy.deepcopy(q)):
+        state = made.state_dict()
+        assert state["head.weight"].data_ptr() == state["table.weight"].data_ptr()
+
+
 @pytest.mark.parametrize("outputs", [16, 48, 64, 80, 144])
 def test_codes_of_four_bits_are_kept_once(outputs: int) -> None:
     q = layer("groups of 32", outputs, 96)
