@@ -73,7 +73,8 @@ class NodeState:
         reads: for a lowered op, the types of its tensor arguments.
         writes: for a lowered op, the type of its value.
         qtype: the quantized type chosen for its value.
-        int8: whether it was decided that it computes on codes; ``None`` before the decision.
+        int8: whether it was decided that it computes on codes; ``None`` before the decision, and
+            of integers, for which there is none to make.
     """
 
     name: str
@@ -259,7 +260,7 @@ def _node_state(node: Node, targets: dict[int, str], refs: _Refs) -> NodeState:
         reads=record.reads,
         writes=record.writes,
         qtype=record.qtype,
-        int8=None if record.decision is None else record.decision.int8,
+        int8=None if record.decision is None or record.integral else record.decision.int8,
     )
 
 
