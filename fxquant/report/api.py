@@ -159,13 +159,14 @@ def compare(
 
     Args:
         model: the float model that ``quantized`` was made from; it is never changed.
-        quantized: what ``quantize`` or ``convert`` returned, in any mode, for any backend.
+        quantized: what ``quantize`` or ``convert`` returned, in any mode, for any backend; or what
+            ``prepare(model, mode="qat")`` did, which rounds as the converted model will.
         data: a DataLoader, or an iterable or generator of batches, as for ``calibrate``.
         transform: turns an item of ``data`` into what the model is fed.
         max_batches: how many batches to use.
 
     Raises:
-        ConfigError: ``quantized`` was not made from ``model``, or is not converted.
+        ConfigError: ``quantized`` was not made from ``model``, or computes in float.
         CalibrationError: no batch, or a batch that does not fit.
 
     Example:

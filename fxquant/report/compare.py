@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -65,6 +66,7 @@ class Comparison:
         rows: the ops, those first that add most to the error of the output.
         output: how the outputs of the models agree.
         batches: how many batches both ran on.
+        note: what to know of the figures, if anything.
 
     Example:
         >>> output = Agreement(30.0, 0.9995, 0.25)
@@ -75,6 +77,7 @@ class Comparison:
     rows: tuple[OpComparison, ...]
     output: Agreement
     batches: int
+    note: str = ""
 
     def __iter__(self) -> Iterator[OpComparison]:
         return iter(self.rows)
@@ -113,6 +116,8 @@ class Comparison:
         left = sum(row.accumulated is None for row in self.rows)
         if left:
             lines.append(f"{left} ops were not measured: see .why of their rows")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +165,21 @@ def compare_models(model: nn.Module, quantized: nn.Module, feed: Feed) -> Compar
     ops = run.record.ops
     results = last_origins([op.origins for op in ops], run.captured.graph)
     rows = [_row(op, node, run) for op, node in zip(ops, results, strict=True)]
-    return Comparison(tuple(sorted(rows, key=_rank)), run.meter.output, run.meter.batches)
+    note = _TRAINED if run.record.mode == "qat" and not _has_weights_of(run.made, model) else ""
+    ranked = tuple(sorted(rows, key=_rank))
+    return Comparison(ranked, run.meter.output, run.meter.batches, note)
+
+
+_TRAINED: Final = (
+    "the quantized model was trained: what changed its weights counts as error here, unless the "
+    "float model has them too: model.load_state_dict(prepared.state_dict(), strict=False)"
+)
+
+
+def _has_weights_of(made: nn.Module, model: nn.Module) -> bool:
+    """Whether a model in training still holds the weights of the float model, by their names."""
+    held, wanted = dict(made.named_parameters()), dict(model.named_parameters())
+    return all(name in held and torch.equal(held[name], real) for name, real in wanted.items())
 
 
 def _results(captured: GraphModule, record: Record) -> list[Node]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +26,13 @@ from fxquant.graph.edit import Editor
 from fxquant.graph.recall import recall
 from fxquant.graph.recurrent_layers import as_called
 from fxquant.graph.state import graph_state
+from fxquant.numerics.fake_quantizer import FakeQuantizer
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.unshare import Unshare
 from fxquant.record import Record, record_of
 from fxquant.report.meter import Meter
+from fxquant.report.ops import read_ops
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,17 @@ def metered(
             f"{name}() feeds the same batches to two models: pass the batches, not a function that "
             "feeds one"
         )
+    with evaluating(made):
+        return _run(model, made, record, feed, results)
+
+
+def _run(
+    model: nn.Module,
+    made: GraphModule,
+    record: Record,
+    feed: Feed,
+    results: Callable[[GraphModule, Record], Collection[Node]],
+) -> Metered:
     run: Metered | None = None
     for args, kwargs in calls(made, feed):
         if run is None:
@@ -119,6 +134,8 @@ def _converted(name: str, model: nn.Module, quantized: nn.Module) -> tuple[Graph
                 "quantize() made of it, and batches"
             )
     record = record_of(quantized)
+    if isinstance(quantized, GraphModule) and _rounds(quantized):
+        return quantized, dataclasses.replace(record, ops=read_ops(quantized.graph))
     if not record.ops or not isinstance(quantized, GraphModule):
         raise ConfigError(
             "this model is not converted yet, and computes in float: pass what convert() returned"
@@ -129,6 +146,23 @@ def _converted(name: str, model: nn.Module, quantized: nn.Module) -> tuple[Graph
             "from: pass the very model that quantize() or convert() returned"
         )
     return quantized, record
+
+
+def _rounds(model: nn.Module) -> bool:
+    """Whether it is a model in training that computes with rounding errors."""
+    return any(isinstance(m, FakeQuantizer) and m.quantizing for m in model.modules())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """The model in evaluation mode; after it every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def calls(quantized: nn.Module, feed: Feed) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -6,9 +6,7 @@ has there: errors of one op never reach the next, so that each can be held to on
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,7 @@ from fxquant.graph.walk import Walk, bind_inputs
 from fxquant.numerics.affine import quantize
 from fxquant.numerics.fake_quantizer import FakeQuantize, FakeQuantizer
 from fxquant.record import Record, record_of
-from fxquant.report.metered import Feed, calls
+from fxquant.report.metered import Feed, calls, evaluating
 from fxquant.report.verified import OpVerified, Verification
 
 
@@ -40,7 +38,7 @@ def verify_models(prepared: nn.Module, converted: nn.Module, feed: Feed) -> Veri
         )
     run = _Lockstep(trained, made, record)
     batches = 0
-    with torch.no_grad(), _evaluating(trained), state_kept(trained, made):
+    with torch.no_grad(), evaluating(trained), state_kept(trained, made):
         for args, kwargs in calls(made, feed):
             with state_kept(trained, made):
                 run.feed(args, kwargs)
@@ -80,17 +78,6 @@ def _pair(prepared: nn.Module, converted: nn.Module) -> tuple[GraphModule, Graph
             "which computes in float there: switch it on before verify()"
         )
     return prepared, converted, after
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass

@@ -75,6 +75,8 @@ def _stored_weights(node: Node) -> Iterator[Tensor]:
     if node.op != "call_module":
         return
     module = module_of(node)
+    if "weight" in node.kwargs:
+        return  # in training it is rounded in every call
     if isinstance(module, StoredParts):
         rows = module.get_buffer("weight").shape[0]
         yield module.real_rows(torch.arange(rows, device=module.get_buffer("weight").device))

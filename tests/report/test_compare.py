@@ -272,3 +272,50 @@ def test_max_batches_and_transform(model: nn.Module) -> None:
     made = fxquant.compare(model, quantized, labelled, transform=lambda b: b[0], max_batches=2)
     assert made.batches == 2
     assert next(labelled)  # the third was not drawn
+
+
+def test_a_model_in_training_is_compared_as_it_rounds() -> None:
+    torch.manual_seed(0)
+    model = trained(Small()).train()
+    prepared = fxquant.prepare(model, mode="qat", example_inputs=batches()[0]).train()
+    prepared(batches()[0])  # ranges
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    made = fxquant.compare(model, prepared, batches())
+    assert made.note == "" and 25 < made.output.sqnr < 60
+    assert made.explained == pytest.approx(1.0, abs=0.05)
+    assert all(row.own is not None and row.weight_sqnr is None for row in made)
+    # It is left as it was: in training, with the statistics and ranges that it had.
+    assert prepared.training
+    after = prepared.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_training_is_no_rounding_and_the_summary_says_so() -> None:
+    torch.manual_seed(0)
+    model = trained(Small())
+    prepared = fxquant.prepare(model, mode="qat", example_inputs=batches()[0]).train()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    for x in batches():
+        optimizer.zero_grad()
+        prepared(x).square().mean().backward()
+        optimizer.step()
+    converted = fxquant.convert(prepared, backend="reference")
+    told = fxquant.compare(model, prepared, batches())
+    assert "load_state_dict(prepared.state_dict(), strict=False)" in str(told)
+    real = copy.deepcopy(model)
+    real.load_state_dict(prepared.state_dict(), strict=False)
+    fair = fxquant.compare(real, prepared, batches())
+    assert fair.note == "" and fair.output.sqnr > told.output.sqnr
+    # What was trained is what is deployed.
+    assert fxquant.compare(real, converted, batches()).output.sqnr == pytest.approx(
+        fair.output.sqnr, abs=0.5
+    )
+
+
+def test_a_model_that_computes_in_float_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="not converted yet"):
+        fxquant.compare(model, fxquant.prepare(model), batches())
+    prepared = fxquant.prepare(model, mode="qat", example_inputs=batches()[0])
+    fxquant.schedule.set_fake_quant(prepared, False)
+    with pytest.raises(ConfigError, match="computes in float"):
+        fxquant.compare(model, prepared, batches())
