@@ -7,7 +7,6 @@ which the plain one can be had back: two forms of a weight would be half as larg
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, unpacks_exactly
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
@@ -160,8 +160,13 @@ class X86Layer(nn.Module):
         self.pack()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # First, as it stands where it is kept.
-        destination[f"{prefix}weight"] = self.weight
+        # First, as it stands where it is kept; and one tensor for all that share what is packed.
+        plain = saved_of(self.packed) if self._buffers["weight"] is None else None
+        if plain is None or tuple(plain.shape) != self.weight_shape:
+            plain = self.weight
+        destination[f"{prefix}weight"] = plain
+        if self.packed is not None:
+            note_saved(self.packed, plain)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -174,22 +179,6 @@ class X86Layer(nn.Module):
         after = f", {self.post.name}" if self.post.name != "none" else ""
         made = self.writes or str(self.real).removeprefix("torch.")
         return f"{self.weight_shape}{after}, {self.reads} -> {made}"
-
-
-def unpacked_linear(packed: Tensor) -> Tensor:
-    """The int8 ``[outputs, inputs]`` that ``qlinear_prepack`` packed."""
-    return packed.to_dense().t().contiguous()
-
-
-@functools.cache
-def unpacks_exactly() -> bool:
-    """Whether this torch gives the plain weight back, of sizes that fill no block too."""
-    generator = torch.Generator().manual_seed(0)
-    for size in ((1, 1), (3, 70), (16, 64), (65, 33), (130, 257)):
-        plain = torch.randint(-128, 128, size, generator=generator).to(torch.int8)
-        if not torch.equal(unpacked_linear(_ONEDNN.qlinear_prepack(plain, None)), plain):
-            return False
-    return True
 
 
 class X86Conv(X86Layer):
