@@ -118,7 +118,8 @@ def test_advice_holds(name: str, mode: str) -> None:
             changed = _made(name, mode, wish)
             # An attention that is opened up is several ops, all of them under its path.
             found = [] if changed is None else [
-                each for each in fxquant.explain(changed, "*") if each.path.startswith(op.path)
+                each for each in fxquant.explain(changed, "*")
+                if each.path == op.path or each.path.startswith(f"{op.path}.")
             ]  # fmt: skip
             if op.runs == "float":
                 assert any(each.runs != "float" for each in found), (op.path, op.change)
