@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.backends.x86 import X86
 
 _PEAK = """
 import sys, warnings, torch, fxquant
@@ -54,7 +55,9 @@ def test_one_form_of_a_weight_is_made_beside_the_float_one(
     Both forms of all codes together would make it 1.5 and more, a copy of the float weights 2.25.
     Measured were 1.36 (1.27 for larger layers: memory of small ones is not always used again), 1.28
     and 1.37; in an encoder activations come on top, and holes where three layers became one.
+    Where kernels add pairs, weights are worked on once more: 1.50 and 1.52 were measured.
     """
+    most += 0.15 if X86().saturates_pairs else 0.0
     command = [sys.executable, "-c", _PEAK, mode, kind]
     made = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 1.2 < float(made.stdout) < most

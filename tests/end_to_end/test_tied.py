@@ -16,6 +16,7 @@ import fxquant
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_layers import X86Layer
 from fxquant.report.checks import size_in_bytes
+from tests.backends.lockstep import reference_of
 
 pytestmark = [
     pytest.mark.skipif(X86().missing() is not None, reason=str(X86().missing())),
@@ -72,9 +73,9 @@ def test_dynamic_layers_are_made_once(name: str) -> None:
     torch.manual_seed(0)
     make, shape, modules, packed = CASES[name]
     model, x = make().eval(), torch.randn(shape)
-    q, truth = (
-        fxquant.quantize(model, mode="dynamic", backend=backend) for backend in ("x86", "reference")
-    )
+    prepared = fxquant.prepare(model, mode="dynamic")
+    # The reference with the weights of x86, which are coarser where its kernels add pairs.
+    q, truth = fxquant.convert(prepared, backend="x86"), reference_of(prepared)
     layers = _layers(q)
     assert len(layers) == modules
     assert len({id(each.packed) for each in layers.values() if each.packed is not None}) == packed
@@ -143,8 +144,10 @@ def test_one_form_of_a_weight_is_kept(mode: Any) -> None:
         nn.Sequential(nn.Linear(40, 33), nn.ReLU(), nn.Linear(33, 7)).eval(),
         torch.randn(4, 40),
     )
-    data = [x] if mode == "static" else None
-    q, truth = (fxquant.quantize(model, data, mode=mode, backend=b) for b in ("x86", "reference"))
+    prepared = fxquant.prepare(model, mode=mode, example_inputs=x)
+    if mode == "static":
+        fxquant.calibrate(prepared, [x])
+    q, truth = fxquant.convert(prepared, backend="x86"), reference_of(prepared)
     codes = {name: each for name, each in truth.state_dict().items() if name.endswith(".weight")}
     state = q.state_dict()
     for name, layer in _layers(q).items():
