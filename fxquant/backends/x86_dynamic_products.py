@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxquant.backends.x86_dynamic_rules import spec_of
 from fxquant.backends.x86_layer_rules import put
-from fxquant.backends.x86_matmul import products
+from fxquant.backends.x86_matmul import of_vectors, products
 from fxquant.backends.x86_pairs import products_saturate
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
@@ -51,11 +51,7 @@ class X86DynamicProduct(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Floating ``[..., rows, inner]`` by ``[..., inner, columns]``, as :func:`torch.matmul`."""
         if a.dim() == 1 or b.dim() == 1:
-            left = a.unsqueeze(0) if a.dim() == 1 else a
-            right = b.unsqueeze(-1) if b.dim() == 1 else b
-            made = self.forward(left, right)
-            made = made.squeeze(-1) if b.dim() == 1 else made
-            return made.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else made
+            return of_vectors(self.forward, a, b)
         if a.shape[-1] > _LONGEST:
             return torch.matmul(qdq_rows(a, self.left), qdq_rows(b.mT, self.right).mT)
         codes, scale, zero_point = byte_rows(a, self.left)

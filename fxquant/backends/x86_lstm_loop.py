@@ -102,6 +102,7 @@ def fastest_lstm_loop() -> Callable[..., Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated
             scripted: Callable[..., Tensor] = torch.jit.script(lstm_loop)
+    # TorchScript is deprecated: a torch without it runs the loop in Python.
     except (AttributeError, RuntimeError, NotImplementedError):
         return lstm_loop
     return scripted

@@ -15,6 +15,7 @@ is int8 only where it is asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -36,6 +37,20 @@ _LONGEST: Final = (2**31 - 1) // 255**2
 """How many products of any codes an int32 sum can hold."""
 
 
+def of_vectors(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """A product of which one factor or both are vectors, as :func:`torch.matmul` counts them.
+
+    Args:
+        product: multiplies factors of two dimensions and more.
+        a: the left factor; a vector is one row.
+        b: the right factor; a vector is one column.
+    """
+    row, column = a.dim() == 1, b.dim() == 1
+    made = product(a.unsqueeze(0) if row else a, b.unsqueeze(-1) if column else b)
+    made = made.squeeze(-1) if column else made
+    return made.squeeze(-1 if column else -2) if row else made
+
+
 class ProductCodes(nn.Module):
     """``matmul(real(a), real(b))`` of codes, quantized or float.
 
@@ -53,11 +68,7 @@ class ProductCodes(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Codes ``[..., rows, inner]`` by ``[..., inner, columns]``, as :func:`torch.matmul`."""
         if a.dim() == 1 or b.dim() == 1:
-            left = a.unsqueeze(0) if a.dim() == 1 else a
-            right = b.unsqueeze(-1) if b.dim() == 1 else b
-            made = self.forward(left, right)
-            made = made.squeeze(-1) if b.dim() == 1 else made
-            return made.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else made
+            return of_vectors(self.forward, a, b)
         right = (b ^ _INT8).view(torch.int8) if self._shift else b
         real = self._sums(a, right).mul_(self.a.scale * self.b.scale)
         out = self.writes

@@ -85,6 +85,7 @@ def _fused() -> Callable[[Tensor, Tensor], Tensor] | None:
         kernel = torch.ops.quantized.embedding_bag_byte_prepack_with_rowwise_min_max.default
         steps = torch.arange(-1.0, 255.0).repeat(2, 1).add_(0.25)
         found: Tensor = kernel(steps * 0.5, torch.tensor([[0.0, 127.5], [-0.5, 127.0]]))
+    # A torch that was built without it, or that takes other arguments: then the rule runs.
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
     wanted = torch.stack([steps[0].clamp(min=0.0), steps[1] + 1.0]).round().to(torch.uint8)

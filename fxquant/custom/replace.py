@@ -26,27 +26,11 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import op_of
 from fxquant.graph.signature import bind_example
 from fxquant.graph.tracer import Tracer
+from fxquant.graph.trained_units import CalledOp
 from fxquant.patterns.match import Match, Reject
 
 _AGREE: Final = 1e-4
 """Share of the largest value by which two ways of computing one thing may differ in float32."""
-
-
-class _Op(nn.Module):
-    """An op without weights, as the module that a replacement calls.
-
-    Args:
-        function: what it calls.
-        options: its constant arguments.
-    """
-
-    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        super().__init__()
-        self.function, self.options = function, options
-
-    def forward(self, *args: Any) -> Any:
-        """The op on any tensors."""
-        return self.function(*args, **self.options)
 
 
 class Replacement:
@@ -163,7 +147,7 @@ class Replacement:
         options = {k: v for k, v in vars(value).items() if k != "op"}
         if found is None or found.target is None:
             raise PatternError(f"{parameter.name} is no op that a replacement can call")
-        return _Op(found.target, options)
+        return CalledOp(found.target, options)
 
     def _module(self, module: nn.Module) -> GraphModule:
         root = nn.Module()

@@ -116,5 +116,8 @@ def test_compilers_see_the_rule() -> None:
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert torch.allclose(compiled(rows(4, 64)), layer(rows(4, 64)), rtol=0.01, atol=1.0)
+        found, wanted = compiled(rows(4, 64)), layer(rows(4, 64))
+    # As above: next to a half a code may differ by one.
+    noise = (found - wanted).double().pow(2).mean()
+    assert 10 * math.log10(float(wanted.double().pow(2).mean() / noise.clamp(min=1e-30))) > 60
     torch.compiler.reset()

@@ -149,6 +149,7 @@ def test_few_bits_and_learned_scales_are_deployed_as_trained() -> None:
     assert int(codes.abs().max()) <= 7
     assert torch.equal(scale, made.fake_quant.layer_weight_ih_l0.scale.detach())
     with torch.no_grad():
+        # A row code next to a half may fall either way, and its step is passed on by the states.
         torch.testing.assert_close(quantized(data(9)), made.eval()(data(9)), rtol=0, atol=0.01)
 
 
