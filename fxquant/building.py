@@ -281,15 +281,13 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     convert_recipe(backend, trained=record.mode == "qat").run(converted, made, watch=watch)
     made.ops = with_kernels(made.ops, converted.graph, backend.name)
     done: list[tuple[str, Record]] = []
-    for part in record.parts[1:]:
-        if part.place and not any(part.place.startswith(f"{p.place}.") for p in record.parts[1:]
-                                  if p.place and p is not part):  # fmt: skip
-            inside = _submodule(prepared, part.place)
-            inner = lower(inside, backend)
-            if isinstance(inside, UserModule):
-                inner = with_user_class_of(inner, inside)
-            _put(converted, _submodule(converted, part.place), inner)
-            done.append((part.path, record_of(inner)))
+    for part in record.placed():
+        inside = _submodule(prepared, part.place)
+        inner = lower(inside, backend)
+        if isinstance(inside, UserModule):
+            inner = with_user_class_of(inner, inside)
+        _put(converted, _submodule(converted, part.place), inner)
+        done.append((part.path, record_of(inner)))
     _own_tensors(converted, prepared)
     steps = len(made.snapshots)
     tails = [(path, each.snapshots[-steps:]) for path, each in done]

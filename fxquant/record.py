@@ -152,6 +152,24 @@ class Record:
     inputs: tuple[Any, ...] | None = None
     origin: object | None = None
 
+    def placed(self) -> tuple[Part, ...]:
+        """The parts that are graphs of their own, but for those within another."""
+        parts = [part for part in self.parts[1:] if part.place]
+        return tuple(
+            part
+            for part in parts
+            if not any(part.place.startswith(f"{other.place}.") for other in parts)
+        )
+
+
+def is_recorded(model: nn.Module) -> bool:
+    """Whether fxquant made a model."""
+    return isinstance(_found(model), Record)
+
+
+def _found(model: nn.Module) -> object:
+    return getattr(model, "meta", {}).get(KEY) or model.__dict__.get(_ATTRIBUTE)
+
 
 def attach(module: GraphModule, record: Record) -> None:
     """Let a model remember how it was made.
@@ -169,7 +187,7 @@ def record_of(model: nn.Module) -> Record:
     Raises:
         ConfigError: fxquant did not make it.
     """
-    found = getattr(model, "meta", {}).get(KEY) or model.__dict__.get(_ATTRIBUTE)
+    found = _found(model)
     if not isinstance(found, Record):
         raise ConfigError(
             f"{type(model).__name__} was not made by fxquant: pass what quantize(), prepare() or "

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.calibration.binding import bind_batch
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
 from fxquant.graph.diff import GraphState, graph_state
+from fxquant.graph.pieces import joined
 from fxquant.graph.settle import uncompiled, unwrapped
 from fxquant.passes.configure import Selector
-from fxquant.record import Snapshot, record_of
+from fxquant.record import Snapshot, is_recorded, record_of
 from fxquant.report.compare import Comparison, compare_models
 from fxquant.report.diff import ModelDiff, diff_models, measured_noise
 from fxquant.report.explain import Explainer
@@ -95,6 +97,7 @@ def diff(
     data: Any = None,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
+    example_inputs: Any = None,
 ) -> ModelDiff:
     """What has to change in ``a`` to get ``b``, node by node.
 
@@ -105,6 +108,10 @@ def diff(
             what changed is shown with its SQNR against float.
         transform: turns an item of ``data`` into what the model is fed.
         max_batches: how many batches to use.
+        example_inputs: what a model that is captured is fed, as a batch of ``data`` would be, for
+            one that asks for sizes or branches on values; ``data`` needs none. The parts of a
+            module that branches on values are compared where fxquant made both models, or with
+            ``data``.
 
     Raises:
         ConfigError: ``a`` or ``b`` is something else, or ``b`` is left out and fxquant did not
@@ -121,7 +128,10 @@ def diff(
     if transform is not None or max_batches is not None:
         raise ConfigError("transform and max_batches are about data: pass data=... to diff() too")
     if b is not None:
-        return diff_models(_state(a, "a"), _state(b, "b"))
+        # Of a model of the user's in pieces only the outer graph is captured here.
+        whole = all(isinstance(each, GraphModule | Snapshot | GraphState) for each in (a, b))
+        one, other = (_state(m, n, example_inputs, whole) for m, n in ((a, "a"), (b, "b")))
+        return diff_models(one, other)
     if isinstance(a, Snapshot | GraphState):
         raise ConfigError(
             f"diff() got one {type(a).__name__}: pass two, or one model that fxquant made"
@@ -232,15 +242,26 @@ def _model(given: object, name: str) -> nn.Module:
     )
 
 
-def _state(given: object, name: str) -> GraphState:
+def _with_parts(module: GraphModule) -> GraphState:
+    """The graph of a model and those of the parts of modules that stay the user's own code."""
+    outer = graph_state(module.graph)
+    parts = record_of(module).placed() if is_recorded(module) else ()
+    graphs = [(part.path, module.get_submodule(part.place)) for part in parts]
+    return joined(
+        outer, [(path, _with_parts(g)) for path, g in graphs if isinstance(g, GraphModule)]
+    )
+
+
+def _state(given: object, name: str, example: Any = None, whole: bool = True) -> GraphState:
     if isinstance(given, GraphState):
         return given
     if isinstance(given, Snapshot):
         return given.state
     if isinstance(given, GraphModule):
-        return graph_state(given.graph)
+        return _with_parts(given) if whole else graph_state(given.graph)
     if isinstance(given, nn.Module) and not isinstance(given, torch.jit.ScriptModule):
-        return graph_state(capture(given, evaluate=True).module.graph)
+        args, kwargs = ((), {}) if example is None else bind_batch(given, example, 0)
+        return graph_state(capture(given, args, kwargs, evaluate=True).module.graph)
     raise ConfigError(
         f"diff() cannot compare {name}, a {type(given).__name__}: pass an nn.Module, a GraphModule "
         "or a snapshot of history(model)"

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.api import prepare, quantize
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, TraceError
 from fxquant.graph.diff import GraphDiff
 from fxquant.report.api import compare, diff, history, report
 
@@ -128,3 +128,51 @@ def test_a_diff_with_data_tells_the_noise(model: nn.Module, quantized: fx.GraphM
         diff(model, quantized, max_batches=1)
     with pytest.raises(ConfigError, match="was not made by fxquant"):
         diff(quantized, model, data=batches)
+
+
+class Branching(nn.Module):
+    """Stays its own code, as it branches on values; its layers are parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        made: torch.Tensor = self.b(y) if y.sum() > 0 else self.b(-y)
+        return made
+
+
+class InPieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(8, 8), Branching(), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.last(torch.relu(self.block(self.first(x))))
+        return made
+
+
+def test_diffs_of_models_in_pieces_reach_into_the_parts() -> None:
+    torch.manual_seed(0)
+    model, x = InPieces().eval(), torch.randn(8, 8)
+    one = quantize(model, [x], backend="reference")
+    other = quantize(model, [x], backend="reference", overrides={"block.a": None})
+    assert not diff(one, copy.deepcopy(one))
+    found = diff(one, other)
+    assert found and {change.path for change in found.changes if change.path} == {"block.a"}
+    assert [c.kind for c in diff(model, one, data=[x]).changes] == [
+        c.kind for c in diff(one).changes
+    ]
+
+
+def test_a_model_that_needs_an_example_is_compared_with_one() -> None:
+    torch.manual_seed(0)
+    model, x = InPieces().eval(), torch.randn(8, 8)
+    made = quantize(model, [x], backend="reference")
+    with pytest.raises(TraceError, match="pass example_inputs"):
+        diff(model, made)
+    for example in (x, (x,), {"x": x}):
+        found = diff(model, made, example_inputs=example)
+        assert "first" in {change.path for change in found.changes}
+        assert not any(change.path.startswith("block.") for change in found.changes)
