@@ -49,14 +49,7 @@ class Job:
     @property
     def example_inputs(self) -> Any:
         """The example in the form :func:`fxquant.quantize` takes."""
-        if self.example is None:
-            return None
-        args, kwargs = self.example
-        if not kwargs:
-            return args
-        if args:
-            raise ConfigError("example inputs are either all by place or all by name")
-        return kwargs
+        return None if self.example is None else as_example(*self.example)
 
     def quantized(self) -> GraphModule:
         """The quantized model; shows progress."""
@@ -166,6 +159,13 @@ def example_batch(
     if first.args is None:
         raise ConfigError(f"{spec!r} runs the model itself and shows no batch: name another loader")
     return bind_batch(model, first.args, 0) if not first.kwargs else (first.args, first.kwargs)
+
+
+def as_example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments of ``forward`` in the form that the functions of fxquant take."""
+    if args and kwargs:
+        raise ConfigError("example inputs are either all by place or all by name")
+    return kwargs or args
 
 
 @contextmanager

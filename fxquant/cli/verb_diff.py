@@ -7,7 +7,7 @@ from typing import Final
 
 import fxquant
 from fxquant.cli.data import load_data, load_transform
-from fxquant.cli.job import add_seed
+from fxquant.cli.job import add_seed, as_example, example_batch
 from fxquant.cli.models import add_trust, load_model
 from fxquant.cli.output import check_writable, write_text
 from fxquant.cli.parsing import positive
@@ -26,6 +26,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DATA",
         help="run float A and quantized B on it, and show the SQNR of what changed",
+    )
+    parser.add_argument(
+        "--example-inputs",
+        metavar="DATA",
+        help="one batch, for float models that ask for sizes or branch on values",
     )
     parser.add_argument("--transform", metavar="MODULE:FUNCTION", help="makes batches of the data")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="split what files hold")
@@ -51,7 +56,15 @@ def _run(arguments: argparse.Namespace) -> Answer:
     assert a is not None  # argparse asks for it
     data = None if arguments.data is None else load_data(arguments.data, arguments.batch_size)
     transform = load_transform(arguments.transform)
-    found = fxquant.diff(a, b, data=data, transform=transform, max_batches=arguments.max_batches)
+    example = None
+    if arguments.example_inputs is not None:
+        batch = example_batch(arguments.example_inputs, a, transform, arguments.batch_size)
+        # The transform has done its work, unless there are data as well.
+        example, transform = as_example(*batch), None if data is None else transform
+    found = fxquant.diff(
+        a, b, data=data, transform=transform, max_batches=arguments.max_batches,
+        example_inputs=example,
+    )  # fmt: skip
     if arguments.only is not None:
         _check_path(found, arguments.only)
         found = found.only(arguments.only)

@@ -73,6 +73,14 @@ def test_diff_of_two_models(fx: Command) -> None:
     assert {"kind", "path", "before", "after", "detail", "sqnr"} == set(done.data["changes"][0])
 
 
+def test_diff_of_models_that_need_an_example(fx: Command, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((2, 8), np.float32))
+    pair = ("diff", f"{M}:Branch", f"{M}:Branch", "--exit-code")
+    assert fx(*pair).code == 3  # it cannot be captured
+    assert fx(*pair, "--example-inputs", tmp_path / "x.npy").code == 0
+    assert fx(*pair, "--example-inputs", tmp_path / "missing.npy").code == 4
+
+
 def test_diff_is_coloured_on_terminals_alone(fx: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[" not in fx("diff", Q).out
     monkeypatch.delenv("NO_COLOR", raising=False)
