@@ -21,6 +21,7 @@ from fxquant.backends.x86_pairs import has_vnni, layers_saturate
 from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_recurrent import X86Recurrent
 from fxquant.backends.x86_rules import OP_RULES
+from fxquant.backends.x86_stacked import STACKED_RULES
 from fxquant.backends.x86_unit_rules import UNIT_RULES
 from fxquant.backends.x86_weight_only import INT4_RULES, WEIGHT_ONLY_RULES
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
@@ -42,8 +43,8 @@ class X86:
 
     name: str = "x86"
     rules: tuple[Rule, ...] = (
-        *LAYER_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES, *WEIGHT_ONLY_RULES, *INT4_RULES,
-        *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
+        *LAYER_RULES, *STACKED_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES, *WEIGHT_ONLY_RULES,
+        *INT4_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
         *ATTENTION_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(

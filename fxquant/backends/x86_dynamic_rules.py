@@ -28,9 +28,10 @@ from fxquant.backends.x86_dynamic import X86DynamicConv, X86DynamicLinear
 from fxquant.backends.x86_dynamic_transposed import X86DynamicConvTranspose
 from fxquant.backends.x86_layer_rules import is_container
 from fxquant.backends.x86_layers import X86Layer
+from fxquant.backends.x86_stacked import joint_bias, may_be_view
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, is_op, op_named, op_of
+from fxquant.graph.op_table import argument, is_op, op_named
 from fxquant.graph.tied import tied_of
 from fxquant.numerics.dynamic import runtime_spec
 from fxquant.patterns.boundary import DEQUANTIZE_WEIGHT, RUN_TIME
@@ -167,11 +168,11 @@ def _lower_transposed(match: Match, editor: Editor) -> None:
 
 def _lower_linear(match: Match, editor: Editor) -> None:
     rows = match.node("rows")
-    shared = [user for user in rows.users if _is_dynamic_linear(user) and _may_be_view(user)]
+    shared = [user for user in rows.users if _is_dynamic_linear(user) and may_be_view(user)]
     together = [node for node in editor.graph.nodes if node in shared]
     layers = together if match.root in shared else [match.root]
     parts = [tensors_of(layer, editor) for layer in layers]
-    bias = _joint_bias(parts)
+    bias = joint_bias(parts)
 
     def make(other: X86Layer | None) -> X86Layer:
         packed = None if other is None else other.packed
@@ -205,21 +206,8 @@ def _is_dynamic_linear(node: Node) -> bool:
     )
 
 
-def _may_be_view(node: Node) -> bool:
-    """Parts of a wide product lie apart in memory, which ops take and a user's code may not."""
-    return all(op_of(user) is not None for user in node.users)
-
-
 _Parts = list[tuple[Tensor, Tensor, Tensor | None]]
 """Weight, scale and bias of layers."""
-
-
-def _joint_bias(parts: _Parts) -> Tensor | None:
-    """The bias of a stack of layers, of which some may have none."""
-    if all(bias is None for _, _, bias in parts):
-        return None
-    biases = [torch.zeros(len(weight)) if bias is None else bias for weight, _, bias in parts]
-    return torch.cat(biases) if len(biases) > 1 else biases[0]
 
 
 def _stacked(

@@ -49,10 +49,11 @@ from fxquant.patterns.units import ACTIVATIONS
 LAYERS: Final = (*CONVS, *LINEAR, *TRANSPOSED)
 
 
-def _layer() -> OpExpr:
+def layer_expr(layers: tuple[str, ...] = LAYERS) -> OpExpr:
+    """A layer with integer weights that reads codes."""
     codes = op(DEQUANTIZE, var("x"), name="dq", shared=True)
     weight = op(DEQUANTIZE_WEIGHT, var("w"), var("scale"), name="dqw", shared=True)
-    return op(LAYERS, codes, weight, var("bias"), name="layer")
+    return op(layers, codes, weight, var("bias"), name="layer")
 
 
 def _scalars(*names: str) -> Callable[[Node], tuple[float, ...]]:
@@ -333,11 +334,11 @@ def _q(inner: OpExpr) -> OpExpr:
 
 
 def _ended() -> OpExpr:
-    return op(ACTIVATIONS, _layer(), name="act", optional=True)
+    return op(ACTIVATIONS, layer_expr(), name="act", optional=True)
 
 
 _OTHER: Final = op(DEQUANTIZE, var("y"), name="dq2", shared=True)
-_SUM: Final = op("add", _layer(), _OTHER, name="add", alpha=1)
+_SUM: Final = op("add", layer_expr(), _OTHER, name="add", alpha=1)
 
 LAYER_RULES: Final = (
     Rule(

@@ -30,6 +30,12 @@ def has_bfloat16() -> bool:
     return any(probe() for probe in found if probe is not None)
 
 
+def has_tiles() -> bool:
+    """Whether this processor multiplies whole tiles of bfloat16 (AMX)."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
 @functools.cache
 def layers_saturate() -> bool:
     """Whether the kernels of convolutions and linears lose the largest products."""

@@ -20,6 +20,7 @@ from torch.overrides import (
 
 from fxquant.errors import QParamError
 from fxquant.numerics.qparams import QParams, choose_qparams
+from fxquant.numerics.rounding import round_steps_
 
 __all__ = [
     "QParams",
@@ -30,10 +31,6 @@ __all__ = [
     "quantize",
     "quantize_weight",
 ]
-
-# A float32 between 2**23 and 2**24 has a spacing of 1, so adding this to a small number rounds it
-# half to even and leaves the integer in the low bits; the extra 2**22 keeps negatives in range.
-ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
 
 _AT_ONCE: Final = 2**16
 """How many weights are quantized together."""
@@ -71,13 +68,11 @@ def quantize(
             dtype=dtype,
         )
     steps = in_steps(x, scale)
+    if steps.dtype == torch.float32:
+        return round_steps_(steps, zero_point, quant_min, quant_max, dtype)
     # clamp(round(y) + z, a, b) == round(clamp(y, a - z, b - z)) + z, as a, b and z are integers.
     steps.clamp_(quant_min - zero_point, quant_max - zero_point)
-    if steps.dtype == torch.float64:
-        return steps.round_().add_(zero_point).to(torch.int32).to(dtype)
-    # The low byte of the float now holds the code less z, modulo 256; the 8-bit addition wraps
-    # back to the code. One pass less than round and cast, and the casts it uses are the fast ones.
-    return steps.add_(ROUND_TO_LOW_BITS).view(torch.int32).to(dtype).add_(zero_point)
+    return steps.round_().add_(zero_point).to(torch.int32).to(dtype)
 
 
 def in_steps(x: Tensor, scale: float) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fxquant.errors import QParamError
-from fxquant.numerics.affine import ROUND_TO_LOW_BITS
 from fxquant.numerics.qparams import SMALLEST_SCALE
+from fxquant.numerics.rounding import ROUND_TO_LOW_BITS
 from fxquant.spec import Dtype, QSpec
 
 _STORAGE: Final = {"uint8": torch.uint8, "int8": torch.int8}

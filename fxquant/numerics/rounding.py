@@ -1,4 +1,4 @@
-"""The last step of a kernel that computes in float: from numbers in output steps to codes."""
+"""The last step of whatever computes in float: from numbers in output steps to codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 # A float32 between 2**23 and 2**24 has a spacing of 1, so adding this to a small number rounds it
 # half to even and leaves the integer in the low bits; the extra 2**22 keeps negatives in range.
-_ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
+ROUND_TO_LOW_BITS: Final = 1.5 * 2.0**23
 
 
 def round_steps_(
@@ -40,9 +40,9 @@ def round_steps_(
     """
     # An even part of the zero point goes along with the rounding: it leaves ties where they are.
     odd = zero_point % 2
-    shift = _ROUND_TO_LOW_BITS + (zero_point - odd)
+    shift = ROUND_TO_LOW_BITS + (zero_point - odd)
     low = max(quant_min, zero_point) if relu else quant_min
-    origin = _ROUND_TO_LOW_BITS - odd
+    origin = ROUND_TO_LOW_BITS - odd
     steps.add_(shift).clamp_(origin + low, origin + quant_max)
     codes = steps.view(torch.int32).to(dtype)
     return codes.add_(odd) if odd else codes

@@ -106,6 +106,7 @@ def count(net: nn.Module) -> int:
 
 def test_where_it_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86_attention, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(x86_attention, "has_tiles", lambda: False)
     torch.manual_seed(0)
     net, x = Net(), torch.randn(2, 6, 32)
     q = quantized(net)
@@ -116,5 +117,7 @@ def test_where_it_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count(quantized(Net(), "default")) == 0
     assert count(quantized(Net(is_causal=True))) == 0
     assert count(quantized(Net(attn_mask=torch.zeros(6, 6)))) == 0
+    monkeypatch.setattr(x86_attention, "has_tiles", lambda: True)
+    assert count(quantized(Net())) == 0
     monkeypatch.setattr(x86_attention, "has_bfloat16", lambda: False)
     assert count(quantized(Net())) == 0
