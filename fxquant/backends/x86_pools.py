@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,20 @@ from torch import Tensor, nn
 
 from fxquant.graph.op_table import op_named
 
+_PIXELS: Final = 64 * 64
+_TAIL: Final = 2**15
+_VECTOR: Final = 32
+"""Channels that the kernel takes at once; it takes the rest of them one by one."""
+
 
 class MaxPoolCodes(nn.Module):
-    """A max pool on codes, as running maxima of slices along one dimension after the other.
+    """A max pool on codes: by a kernel where that is fast, else as running maxima of slices.
 
-    Torch's own kernel refuses uint8 images of more than 255 pixels (its index has the type of
-    the data). Slices measured three times faster than a detour through float.
+    ``aten::max_pool2d`` refuses uint8 images of more than 255 pixels (its index has the type of the
+    data). ``quantized::max_pool2d`` takes plain uint8 too: 0.13 to 0.7 of the time of the slices
+    for up to 64 x 64 pixels, 1.1 to 1.6 of it for 112 x 112 and more, and 4 to 8 where many
+    channels are left over that fill no vector (two threads, AVX512 and AVX2). Slices, along one
+    dimension after the other, measured three times faster than a detour through float.
 
     Args:
         rank: how many dimensions are pooled.
@@ -32,6 +42,12 @@ class MaxPoolCodes(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """``codes`` ``[batch, channels, ...]``; what is rare goes through float."""
+        kernel = self._kernel_for(codes)
+        if kernel is not None:
+            sizes, strides, dilations, paddings = map(list, zip(*self._steps, strict=True))
+            return kernel(
+                codes, sizes, strides, paddings, dilations, bool(self.options["ceil_mode"])
+            )
         if codes.dim() != self.rank + 2 or self.options["ceil_mode"] or codes.numel() == 0:
             target: Any = op_named(f"max_pool{self.rank}d").target
             pooled: Tensor = target(codes.float(), **self.options)
@@ -42,10 +58,36 @@ class MaxPoolCodes(nn.Module):
         # A kernel of one pixel only slices; the next op may write over what it is given.
         return best.clone() if all(step[0] == 1 for step in self._steps) else best
 
+    def _kernel_for(self, codes: Tensor) -> Callable[..., Tensor] | None:
+        """The kernel, where it is the faster way and takes such codes."""
+        if self.rank != 2 or codes.dim() != 4 or codes.numel() == 0:
+            return None
+        if not (codes.dtype == torch.uint8 and codes.permute(0, 2, 3, 1).is_contiguous()):
+            return None
+        _, channels, height, width = codes.shape
+        (tall, down, *_), (wide, across, *_) = self._steps
+        singles = channels % _VECTOR * tall * wide * height * width // (down * across)
+        return _kernel() if height * width <= _PIXELS and singles <= _TAIL else None
+
     def extra_repr(self) -> str:
         """The pool's own arguments, for ``print(model)``."""
         given = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.rank}d, {given}"
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """``quantized::max_pool2d``, if this torch has it for plain uint8 tensors."""
+    try:
+        kernel: Callable[..., Tensor] = torch.ops.quantized.max_pool2d.default
+        codes = torch.arange(36, dtype=torch.uint8).view(1, 6, 6, 1).permute(0, 3, 1, 2)
+        found = kernel(codes, [3, 3], [2, 2], [1, 1], [1, 1], False)
+    # A torch that has it for quantized tensors only, or that takes other arguments.
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    wanted = F.max_pool2d(codes.float(), 3, 2, 1)
+    same = found.dtype == torch.uint8 and torch.equal(found.float(), wanted)
+    return kernel if same else None
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:

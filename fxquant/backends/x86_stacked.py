@@ -59,7 +59,8 @@ class X86StackedLinear(X86Linear):
 
     def forward(self, codes: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # nn.Module.forward is open to any result
         """One kernel call; ``codes`` uint8 or int8 ``[..., features]``."""
-        return super().forward(codes).split(self.sizes, dim=-1)
+        parts: tuple[Tensor, ...] = super().forward(codes).split(self.sizes, dim=-1)
+        return parts
 
     def extra_repr(self) -> str:
         """How many layers, shapes and types, for ``print(model)``."""

@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxquant.backends import x86_pools
 from fxquant.backends.x86_ops import NormCodes, PairCodes, TableCodes
 from fxquant.backends.x86_pools import AdaptiveMaxPoolCodes, MaxPoolCodes
 from fxquant.backends.x86_reduce import AverageCodes
@@ -248,6 +249,39 @@ def test_max_pool_is_exact(options: dict[str, Any], dtype: Callable[..., QType])
         wanted = F.max_pool2d(codes.double(), **full)
         assert torch.equal(op(codes).double(), wanted)
         assert op(codes).dtype == codes.dtype
+
+
+@pytest.mark.parametrize("options", POOLS, ids=str)
+@pytest.mark.parametrize("channels", [8, 32, 65, 128])
+def test_max_pool_by_kernel_and_by_slices(
+    options: dict[str, Any], channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = pool_options(**options)
+    codes = some_codes(2, channels, 9, 11).contiguous(memory_format=torch.channels_last)
+    wanted = F.max_pool2d(codes.double(), **full)
+    op = MaxPoolCodes(2, full)
+    assert torch.equal(op(codes).double(), wanted)
+    assert op(codes).data_ptr() != codes.data_ptr()
+    monkeypatch.setattr(x86_pools, "_kernel", lambda: None)
+    assert torch.equal(op(codes).double(), wanted)
+
+
+def test_which_pools_the_kernel_takes() -> None:
+    if x86_pools._kernel() is None:
+        pytest.skip("this torch has no quantized::max_pool2d for plain uint8")
+    op = MaxPoolCodes(2, pool_options(kernel_size=3, stride=2, padding=1))
+
+    def taken(*shape: int, last: bool = True) -> bool:
+        codes = torch.zeros(shape, dtype=torch.uint8)
+        form = torch.channels_last if last else torch.contiguous_format
+        return op._kernel_for(codes.contiguous(memory_format=form)) is not None
+
+    assert taken(1, 64, 28, 28)
+    assert taken(3, 40, 28, 28)
+    assert not taken(1, 64, 28, 28, last=False)
+    assert not taken(1, 64, 112, 112)
+    assert not taken(1, 56, 64, 64)
+    assert not taken(0, 64, 28, 28)
 
 
 def test_max_pool_of_only_the_smallest_code() -> None:
