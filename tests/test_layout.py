@@ -136,3 +136,10 @@ def test_public_name_is_documented_and_typed(name: str) -> None:
     assert untyped == []
     if inspect.isfunction(thing):
         assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("switch", ["enable", "disable"])
+def test_import_leaves_the_collector_as_it_was(switch: str) -> None:
+    code = f"import gc, torch; gc.{switch}(); import fxquant; print(gc.isenabled())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(switch == "enable")

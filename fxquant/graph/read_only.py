@@ -23,8 +23,8 @@ def borrowed(model: nn.Module) -> dict[int, nn.Parameter]:
     """Twins of the parameters of torch's own layers, over the same memory, by the id of the own.
 
     Args:
-        model: the user's model. Parameters of its own classes, and of layers that change them in
-            ``forward``, have no twin.
+        model: the user's model. Parameters of its own classes, of layers that change them in
+            ``forward``, and that are inference tensors, have no twin.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -38,7 +38,9 @@ def borrowed(model: nn.Module) -> dict[int, nn.Parameter]:
         for held in module._parameters.values():
             if type(held) is not nn.Parameter:
                 continue
-            if not torchs or getattr(module, "max_norm", None) is not None:
+            # What was made in inference mode can have no twin that may be trained outside of it.
+            kept = held.is_inference() or getattr(module, "max_norm", None) is not None
+            if not torchs or kept:
                 own.add(id(held))
             elif id(held) not in made:
                 made[id(held)] = nn.Parameter(held.detach(), held.requires_grad)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -357,3 +359,38 @@ def test_where_an_op_fails_and_is_caught_other_sizes_go_their_own_way() -> None:
             check_near(model(x), made(x))
     why = fxquant.report(made).to_dict()["parts"][0]["why"]
     assert "an op fails on the example" in why and "test_odd_models.py" in why
+
+
+def _pictures() -> nn.Module:
+    parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    return nn.Sequential(*parts).eval()
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic", "weight_only", "bfloat16"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_inference_tensors(mode: Any, inside: bool) -> None:
+    """Weights, data and calls from inference mode; the model is left as it is."""
+    with torch.inference_mode():
+        net, x = _pictures(), torch.randn(2, 3, 8, 8)
+        kept = {name: value.clone() for name, value in net.state_dict().items()}
+    data = [x] if mode == "static" else None
+    with torch.inference_mode(inside), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        q = fxquant.quantize(net, data, mode=mode, example_inputs=(x,))
+    with torch.inference_mode():  # torch refuses such weights outside of it
+        wanted = net(x)
+    x = x.clone()
+    found = q(x).detach()
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert torch.equal(copy.deepcopy(q)(x), found)
+    assert all(p.is_inference() and p.requires_grad for p in net.parameters())
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+
+
+def test_training_from_inference_tensors() -> None:
+    with torch.inference_mode():
+        net, x = _pictures(), torch.randn(2, 3, 8, 8)
+        prepared = fxquant.prepare(net, mode="qat", example_inputs=(x,))
+    prepared.train()
+    prepared(x).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters() if p.requires_grad)
