@@ -44,7 +44,7 @@ def differences(x: Tensor, spec: QSpec) -> Tensor:
 @pytest.mark.parametrize("spec", SPECS)
 def test_codes_are_those_of_the_rule_but_for_ties(spec: QSpec) -> None:
     x = torch.cat([rows(300, 64) + shift for shift in (-9.0, 0.0, 0.3, 50.0)])
-    assert RowCodes(64, spec).extra == 8
+    assert RowCodes(64, spec)._kernel is not None
     found = differences(x, spec)
     # Roundings of the ends, of their distance, its inverse and two more: within 2**-12 of a half
     # either side, on 76,800 numbers of which 2**-11 lie there at most.
@@ -121,3 +121,21 @@ def test_compilers_see_the_rule() -> None:
     noise = (found - wanted).double().pow(2).mean()
     assert 10 * math.log10(float(wanted.double().pow(2).mean() / noise.clamp(min=1e-30))) > 60
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("width", [64, 96, 1024, 1088])
+def test_short_rows_are_bare_where_tiles_are_multiplied(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, width)
+    monkeypatch.setattr(x86_row_codes, "has_tiles", lambda: False)
+    wanted = RowCodes(width, ROWS)
+    monkeypatch.setattr(x86_row_codes, "has_tiles", lambda: True)
+    found = RowCodes(width, ROWS)
+    if x86_row_codes._fused() is not None:
+        assert found.extra == (0 if width in (64, 1024) else wanted.extra)
+    for bare, whole in zip(found(x), wanted(x), strict=True):
+        assert torch.equal(bare[:, :width], whole[:, :width])
+    assert found(x)[0].shape == (5, width + found.extra)
+    assert found(x)[0].is_contiguous()
