@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 
 import torch
@@ -30,7 +31,9 @@ def weight_agreement(
     float_nodes = [n for n in captured.graph.nodes if n.name in origins]
     real = [w for node in float_nodes for w in _float_weights(node, captured)]
     nodes = [n for n in made.graph.nodes if set(info(n).origins) & set(origins)]
-    stored = [w for node in nodes for w in _stored_weights(node)]
+    stored = [
+        w[rows] for node in nodes for rows in _rows(node, nodes) for w in _stored_weights(node)
+    ]
     if len(real) != 1 or len(stored) != 1 or real[0].numel() != stored[0].numel():
         return None
     a, b = real[0], stored[0]
@@ -41,6 +44,16 @@ def weight_agreement(
     turned = [a, a.T] if a.dim() == 2 and b.dim() == 2 else [a]
     same = [weight_sqnr(w, b.reshape(w.shape)) for w in turned if w.shape[0] == b.shape[0]]
     return max(same, default=None)
+
+
+def _rows(node: Node, nodes: Collection[Node]) -> list[slice]:
+    """Which rows of the weight of ``node`` are those of ``nodes``: layers may stand in a stack."""
+    sizes = getattr(module_of(node), "sizes", ()) if node.op == "call_module" else ()
+    if len(sizes) < 2:
+        return [slice(None)]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    parts = [user.args[1] for user in node.users if user in nodes and is_op(user, "getitem")]
+    return [slice(ends[at], ends[at + 1]) for at in parts if isinstance(at, int)]
 
 
 def _is_transposed(node: Node) -> bool:

@@ -106,6 +106,22 @@ def test_report_names_each_layer() -> None:
     assert {rows[name] for name in ("q", "k", "v")} == {"int8"}
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_compare_tells_the_weight_of_each_layer(mode: Any) -> None:
+    torch.manual_seed(0)
+    net, data = Heads().eval(), [torch.randn(4, 6, 32)]
+    given = data if mode == "static" else None
+    q = fxquant.quantize(net, given, mode=mode, backend="x86", example_inputs=(data[0],))
+    found = {row.path: row.weight_sqnr for row in fxquant.compare(net, q, data)}
+    for name in ("q", "k", "v"):
+        weight = net.get_parameter(f"{name}.weight").detach()
+        scale = weight.abs().amax(1, True) / 127
+        error = (weight / scale).round() * scale - weight
+        exact = 10 * torch.log10(weight.pow(2).sum() / error.pow(2).sum())
+        # compare() fits a factor for each channel, which gains a little.
+        assert found[name] == pytest.approx(float(exact), abs=0.1)
+
+
 def test_what_is_not_stacked() -> None:
     assert not stacks(quantized(Mixed()))
     assert not stacks(quantized(Tied()))
