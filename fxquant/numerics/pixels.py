@@ -68,20 +68,21 @@ def quantize_pixels(
     # Below 2**23 the spacing is finer; such numbers are clamped to codes at least.
     steps.clamp_(_INTEGERS + (quant_min + odd), _INTEGERS + (quant_max + odd))
     bits = steps.view(torch.int32)
-    batch, channels, height, width = bits.shape
-    down, right = padding
-    shape = (batch, height + 2 * down, width + 2 * right)
-    if any(padding):
-        words = torch.full(shape, zero_point * _EACH, dtype=torch.int32, device=x.device)
-    else:
-        words = torch.empty(shape, dtype=torch.int32, device=x.device)
-    inner = words[:, down : down + height, right : right + width]
     # Sums wrap around: what a float has above its low bits ends in the fourth byte.
-    sums = torch.add(bits[:, 0], bits[:, 1], alpha=1 << 8)
+    words = torch.add(bits[:, 0], bits[:, 1], alpha=1 << 8)
+    if bits.shape[1] == 3:
+        words.add_(bits[:, 2], alpha=1 << 16)
     if odd:
-        sums.sub_(_EACH)
-    if channels == 3:
-        torch.add(sums, bits[:, 2], alpha=1 << 16, out=inner)
-    else:
-        inner.copy_(sums)
-    return words.view(torch.uint8).view(*shape, PACKED_CHANNELS).permute(0, 3, 1, 2)
+        words.sub_(_EACH)
+    if any(padding):
+        words = _bordered(words, zero_point * _EACH, padding)
+    shape = (*words.shape, PACKED_CHANNELS)
+    return words.contiguous().view(torch.uint8).view(shape).permute(0, 3, 1, 2)
+
+
+def _bordered(words: Tensor, border: int, padding: tuple[int, int]) -> Tensor:
+    batch, height, width = words.shape
+    down, right = padding
+    made = words.new_full((batch, height + 2 * down, width + 2 * right), border)
+    made[:, down : down + height, right : right + width] = words
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -85,6 +85,11 @@ def test_whoever_asks_for_a_slow_one_is_told() -> None:
         fxquant.quantize(model, [torch.randn(64, 2, 8)], overrides={nn.LSTM: "dynamic"})
 
 
+# Rows of recurrent layers are the same to the last bit. The static linears around them give floats
+# below 1, and the kernel for another number of rows may round them in another order (with AMX).
+LAST_BIT: Final[dict[str, Any]] = {"rtol": 0.0, "atol": 2.0**-22}
+
+
 def test_state_is_carried_from_call_to_call() -> None:
     model = tagger()
     q = fxquant.quantize(
@@ -99,8 +104,9 @@ def test_state_is_carried_from_call_to_call() -> None:
     for step in STEPS.split(1):
         out, state = q(step, state)
         made.append(out)
-    assert torch.equal(torch.cat(made), whole)
-    assert all(torch.equal(a, b) for a, b in zip(state, ends, strict=True))
+    torch.testing.assert_close(torch.cat(made), whole, **LAST_BIT)
+    for a, b in zip(state, ends, strict=True):
+        torch.testing.assert_close(a, b, **LAST_BIT)
 
 
 class Packs(nn.Module):
@@ -156,7 +162,7 @@ def test_packed_sequences_in_graphs_and_in_pieces(branches: bool, asked: dict[An
     assert torch.equal(copy.deepcopy(q)(x, lengths), q(x, lengths))
     # Alone or in a batch: other lengths, another order.
     alone = q(x[1:2], lengths[1:2])
-    assert torch.equal(alone[0], q(x, lengths)[1])
+    torch.testing.assert_close(alone[0], q(x, lengths)[1], **LAST_BIT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
