@@ -290,6 +290,8 @@ def test_ctrl_c_of_the_process(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background may ignore it, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.02)
