@@ -19,7 +19,10 @@ MASKING: Final = 1e4
 def fill_of(node: Node) -> Any:
     """The constant that a call puts in: a number, a node that computes it, or ``None``."""
     if is_op(node, "pad"):
-        return argument(node, "value") if argument(node, "mode") == "constant" else None
+        if argument(node, "mode") != "constant":
+            return None
+        value = argument(node, "value")
+        return 0.0 if value is None else value
     if is_op(node, *_WITH_VALUE):
         return argument(node, "value")
     if is_op(node, "where"):

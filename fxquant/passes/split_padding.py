@@ -63,10 +63,11 @@ class SplitPadding(Pass):
         source = node.args[0]
         if not isinstance(source, Node):
             return
+        zeros = mode == "zeros"
         options = {
             "pad": tuple(pad),
-            "mode": "constant" if mode == "zeros" else mode,
-            "value": None,
+            "mode": "constant" if zeros else mode,
+            "value": 0.0 if zeros else None,
         }
         padded = editor.call(op_named("pad"), (source,), options, like=node, before=node)
         editor.annotate(padded, unit=None, value="tensor")

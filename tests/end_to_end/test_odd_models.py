@@ -394,3 +394,18 @@ def test_training_from_inference_tensors() -> None:
     prepared.train()
     prepared(x).sum().backward()
     assert all(p.grad is not None for p in prepared.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("channels", [3, 8])  # a first layer that reads the picture, and others
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_same_padding_with_sides_of_unequal_width(channels: int, rank: int, kernel: int) -> None:
+    """The wider side is padded in front of the convolution, with the code of 0.0."""
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](channels, 8, kernel, padding="same")
+    net, x = nn.Sequential(conv, nn.ReLU()).eval(), torch.randn(2, channels, *(9,) * rank)
+    wanted = net(x).detach()
+    for backend in ("x86", "reference"):
+        found = fxquant.quantize(net, [x], backend=backend)(x).detach()
+        assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()

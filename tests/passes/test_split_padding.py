@@ -50,7 +50,8 @@ def test_same_with_equal_sides_is_a_number(rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_same_with_unequal_sides_is_a_pad(rank: int) -> None:
     module = check(rank, ["pad", f"conv{rank}d"], kernel_size=4, padding="same")
-    assert options(node_of(module, "pad"))["pad"] == (1, 2) * rank
+    given = options(node_of(module, "pad"))
+    assert (given["pad"], given["mode"], given["value"]) == ((1, 2) * rank, "constant", 0.0)
 
 
 def test_valid_is_zero() -> None:
