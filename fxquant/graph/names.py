@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
+from typing import Final
 
 from torch import nn
 
 from fxquant.errors import TraceError
 from fxquant.graph.text import shown
+
+_ENDING: Final = frozenset('"\\\n\r\0')
+"""What ends a string between double quotes, or means something else in it."""
 
 
 def check_names(model: nn.Module) -> None:
@@ -41,8 +44,13 @@ def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _survives(name: str) -> bool:
-    """Whether a name between double quotes is the very same name."""
+    """Whether a name between double quotes is the very same name.
+
+    Told without ``ast``: two threads that parse at once may fail with a SystemError (CPython 3.11.7
+    counts the depth of both in one place), and models are captured from several.
+    """
     try:
-        return bool(ast.literal_eval(f'"{name}"') == name)
-    except (SyntaxError, ValueError):  # a surrogate is no text to a compiler
+        name.encode()
+    except UnicodeEncodeError:  # a surrogate is no text to a compiler
         return False
+    return _ENDING.isdisjoint(name)

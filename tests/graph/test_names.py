@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import TraceError
+from fxquant.graph.names import check_names
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,3 +44,14 @@ def test_names_that_stay_text_are_kept(name: str, tmp_path: Path) -> None:
     again = torch.load(tmp_path / "q.pt", weights_only=False)
     with torch.no_grad():
         assert torch.equal(again(X), q(X))
+
+
+def test_names_are_checked_without_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that parse at once may fail, see ``fxquant.graph.names``."""
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the parser was called")
+
+    monkeypatch.setattr(builtins, "compile", refuse)
+    check_names(net)
