@@ -28,10 +28,10 @@ from fxquant.backends.x86_dynamic import X86DynamicConv, X86DynamicLinear
 from fxquant.backends.x86_dynamic_transposed import X86DynamicConvTranspose
 from fxquant.backends.x86_layer_rules import is_container
 from fxquant.backends.x86_layers import X86Layer
-from fxquant.backends.x86_stacked import joint_bias, may_be_view
+from fxquant.backends.x86_stacked import is_integer_linear, joint_bias, may_be_view
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import info
-from fxquant.graph.op_table import argument, is_op, op_named
+from fxquant.graph.op_table import argument, op_named
 from fxquant.graph.tied import tied_of
 from fxquant.numerics.dynamic import runtime_spec
 from fxquant.patterns.boundary import DEQUANTIZE_WEIGHT, RUN_TIME
@@ -168,7 +168,7 @@ def _lower_transposed(match: Match, editor: Editor) -> None:
 
 def _lower_linear(match: Match, editor: Editor) -> None:
     rows = match.node("rows")
-    shared = [user for user in rows.users if _is_dynamic_linear(user) and may_be_view(user)]
+    shared = [user for user in rows.users if is_integer_linear(user) and may_be_view(user)]
     together = [node for node in editor.graph.nodes if node in shared]
     layers = together if match.root in shared else [match.root]
     parts = [tensors_of(layer, editor) for layer in layers]
@@ -196,14 +196,6 @@ def _lower_linear(match: Match, editor: Editor) -> None:
             shape=info(layer).shape,
         )
         editor.replace(layer, part)
-
-
-def _is_dynamic_linear(node: Node) -> bool:
-    return (
-        node.op == "call_function"
-        and is_op(node, "linear")
-        and is_op(node.args[1], DEQUANTIZE_WEIGHT)
-    )
 
 
 _Parts = list[tuple[Tensor, Tensor, Tensor | None]]

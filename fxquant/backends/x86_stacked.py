@@ -10,7 +10,7 @@ are stacked: codes have a scale of their own each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,18 @@ def may_be_view(node: Node) -> bool:
     return all(op_of(user) is not None for user in node.users)
 
 
+def is_integer_linear(node: Node) -> bool:
+    """Whether a node is a linear of integer weights; a float one is a call of the user's module."""
+    return (
+        node.op == "call_function"
+        and is_op(node, "linear")
+        and is_op(node.args[1], DEQUANTIZE_WEIGHT)
+    )
+
+
 def _ends(layer: Node, half: bool) -> Node | None:
     """The last node of a linear that writes floats and nothing else; in bfloat16 a cast."""
-    if not (is_op(layer, "linear") and is_op(layer.args[1], DEQUANTIZE_WEIGHT)):
+    if not is_integer_linear(layer):
         return None
     if tied_of(codes_node(layer)) is not None or not layer.users:
         return None
@@ -180,7 +189,7 @@ def _call(editor: Editor, module: nn.Module, codes: Node, first: Node) -> Node:
     return made
 
 
-_LINEAR: Final[Any] = layer_expr(("linear",))
+_LINEAR: Final = layer_expr(("linear",))
 
 STACKED_RULES: Final = (
     Rule(

@@ -95,8 +95,8 @@ def test_parts_are_those_of_single_layers(real: torch.dtype, zero_point: int) ->
     for part, w, s, b in zip(parts, *each, strict=True):
         single = X86Linear(w, s, b, reads, None, PostOp())
         single.write_real(real)
-        # Sums are exact and scales the same; the kernel of another width may multiply them in
-        # another order: half a step of the largest term, and one step of a bfloat16.
+        # Sums are exact and scales the same; the kernel of another width may multiply and add
+        # them in another order: a few of the 2**-24 of numbers up to 80, and a step of bfloat16.
         rtol, atol = (2**-8, 0.0) if real is torch.bfloat16 else (1e-6, 1e-5)
         torch.testing.assert_close(part, single(codes), rtol=rtol, atol=atol)
 
@@ -125,6 +125,19 @@ def test_compare_tells_the_weight_of_each_layer(mode: Any) -> None:
         exact = 10 * torch.log10(weight.pow(2).sum() / (held - weight).pow(2).sum())
         # compare() fits a factor for each channel, which gains a little.
         assert found[name] == pytest.approx(float(exact), abs=0.1)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_others_are_stacked_where_one_stays_float(mode: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Heads().eval(), torch.randn(4, 6, 32)
+    given = [x] if mode == "static" else None
+    q = fxquant.quantize(
+        net, given, mode=mode, backend="x86", example_inputs=(x,), overrides={"k": None}
+    )
+    assert [m.sizes for m in q.modules() if len(getattr(m, "sizes", ())) > 1] == [[64, 96]]
+    assert type(q.get_submodule("k")) is nn.Linear
+    assert decibels(net(x).detach().double(), q(x).detach()) > 30
 
 
 def test_what_is_not_stacked() -> None:
