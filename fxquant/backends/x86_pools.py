@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from fxquant.graph.op_table import op_named
 
 _PIXELS: Final = 64 * 64
+"""Above so many the slices are faster, where there are any."""
 _TAIL: Final = 2**15
+"""How many numbers the kernel may compare one by one."""
 _VECTOR: Final = 32
 """Channels that the kernel takes at once; it takes the rest of them one by one."""
 
@@ -25,7 +26,8 @@ class MaxPoolCodes(nn.Module):
     data). ``quantized::max_pool2d`` takes plain uint8 too: 0.13 to 0.7 of the time of the slices
     for up to 64 x 64 pixels, 1.1 to 1.6 of it for 112 x 112 and more, and 4 to 8 where many
     channels are left over that fill no vector (two threads, AVX512 and AVX2). Slices, along one
-    dimension after the other, measured three times faster than a detour through float.
+    dimension after the other, measured three times faster than a detour through float, which is
+    the other way where ``ceil_mode`` leaves no even slices: there the kernel took 0.1 to 0.2 of it.
 
     Args:
         rank: how many dimensions are pooled.
@@ -39,15 +41,20 @@ class MaxPoolCodes(nn.Module):
         stride = _each(options["stride"] or kernel, rank)
         dilation, padding = _each(options["dilation"], rank), _each(options["padding"], rank)
         self._steps = tuple(zip(kernel, stride, dilation, padding, strict=True))
+        self._has_kernel = rank == 2 and has_max_pool()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pool made elsewhere, perhaps by another torch."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._has_kernel = self.rank == 2 and has_max_pool()
 
     def forward(self, codes: Tensor) -> Tensor:
         """``codes`` ``[batch, channels, ...]``; what is rare goes through float."""
-        kernel = self._kernel_for(codes)
-        if kernel is not None:
+        if self._has_kernel and self._suits_kernel(codes):
             sizes, strides, dilations, paddings = map(list, zip(*self._steps, strict=True))
-            return kernel(
-                codes, sizes, strides, paddings, dilations, bool(self.options["ceil_mode"])
-            )
+            more = (strides, paddings, dilations, bool(self.options["ceil_mode"]))
+            made: Tensor = torch.ops.quantized.max_pool2d.default(codes, sizes, *more)
+            return made
         if codes.dim() != self.rank + 2 or self.options["ceil_mode"] or codes.numel() == 0:
             target: Any = op_named(f"max_pool{self.rank}d").target
             pooled: Tensor = target(codes.float(), **self.options)
@@ -58,16 +65,17 @@ class MaxPoolCodes(nn.Module):
         # A kernel of one pixel only slices; the next op may write over what it is given.
         return best.clone() if all(step[0] == 1 for step in self._steps) else best
 
-    def _kernel_for(self, codes: Tensor) -> Callable[..., Tensor] | None:
-        """The kernel, where it is the faster way and takes such codes."""
-        if self.rank != 2 or codes.dim() != 4 or codes.numel() == 0:
-            return None
-        if not (codes.dtype == torch.uint8 and codes.permute(0, 2, 3, 1).is_contiguous()):
-            return None
+    def _suits_kernel(self, codes: Tensor) -> bool:
+        """Whether the kernel takes such codes, and is the faster way."""
+        if codes.dim() != 4 or codes.numel() == 0 or codes.dtype != torch.uint8:
+            return False
+        if not codes.permute(0, 2, 3, 1).is_contiguous():
+            return False
         _, channels, height, width = codes.shape
         (tall, down, *_), (wide, across, *_) = self._steps
         singles = channels % _VECTOR * tall * wide * height * width // (down * across)
-        return _kernel() if height * width <= _PIXELS and singles <= _TAIL else None
+        small = height * width <= _PIXELS or self.options["ceil_mode"]
+        return bool(small and singles <= _TAIL)
 
     def extra_repr(self) -> str:
         """The pool's own arguments, for ``print(model)``."""
@@ -76,18 +84,16 @@ class MaxPoolCodes(nn.Module):
 
 
 @functools.cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """``quantized::max_pool2d``, if this torch has it for plain uint8 tensors."""
+def has_max_pool() -> bool:
+    """Whether this torch has ``quantized::max_pool2d`` for plain uint8 tensors."""
     try:
-        kernel: Callable[..., Tensor] = torch.ops.quantized.max_pool2d.default
         codes = torch.arange(36, dtype=torch.uint8).view(1, 6, 6, 1).permute(0, 3, 1, 2)
-        found = kernel(codes, [3, 3], [2, 2], [1, 1], [1, 1], False)
+        found = torch.ops.quantized.max_pool2d.default(codes, [3, 3], [2, 2], [1, 1], [1, 1], False)
     # A torch that has it for quantized tensors only, or that takes other arguments.
     except (AttributeError, RuntimeError, NotImplementedError):
-        return None
+        return False
     wanted = F.max_pool2d(codes.float(), 3, 2, 1)
-    same = found.dtype == torch.uint8 and torch.equal(found.float(), wanted)
-    return kernel if same else None
+    return found.dtype == torch.uint8 and torch.equal(found.float(), wanted)
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
@@ -118,10 +124,9 @@ def _running_max(
     if len(whole) == 1 and cut:
         best = best.clone()
     for _, window in whole[2:]:
-        torch.maximum(best, window, out=best)
+        best.clamp_min_(window)
     for first, window in cut:
-        part = best.narrow(dim, first, window.shape[dim])
-        torch.maximum(part, window, out=part)
+        best.narrow(dim, first, window.shape[dim]).clamp_min_(window)
     return best
 
 
