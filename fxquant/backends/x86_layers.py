@@ -203,19 +203,20 @@ class X86Conv(X86Layer):
         self.pack()
 
     def _packed(self) -> Tensor:
-        g = self.geometry
         packed: Tensor = _ONEDNN.qconv_prepack(
             self._kernel_weight(),
             self.weight_scale,
             self.reads.scale,
-            self.reads.zero_point,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            g.groups,
+            self._kernel_zero_point(),
+            *self._walk(),
             self._kernel_shape(),
         )
         return packed
+
+    def _walk(self) -> tuple[Any, ...]:
+        """Stride, padding, dilation and groups, as the kernel is given them."""
+        g = self.geometry
+        return list(g.stride), list(g.padding), list(g.dilation), g.groups
 
     def _kernel_weight(self) -> Tensor:
         """The weight as the kernel is given it."""
@@ -225,24 +226,24 @@ class X86Conv(X86Layer):
         """The shape of the codes that the layout of the weight is chosen for."""
         return list(self.shape) if self.shape is not None else None
 
+    def _kernel_zero_point(self) -> int:
+        """The zero point of the codes, as the kernel is told it."""
+        return self.reads.zero_point
+
+    def _kernel_bias(self) -> Tensor | None:
+        """The bias, with whatever else is added to every sum."""
+        return self.bias
+
+    def _given(self) -> tuple[Any, ...]:
+        """The first arguments of every kernel after the codes."""
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zero_point = self._kernel_zero_point()
+        return self.reads.scale, zero_point, self._packed(), self.weight_scale, zeros
+
     def pack(self) -> None:
         """Reorder the weight and lay out the call's constant arguments."""
-        g = self.geometry
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
-        self._call = (
-            self.reads.scale,
-            self.reads.zero_point,
-            self._packed(),
-            self.weight_scale,
-            zeros,
-            self.bias,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            g.groups,
-            *self._ending(),
-        )
+        self._call = (*self._given(), self._kernel_bias(), *self._walk(), *self._ending())
 
     def _nothing(self, codes: Tensor) -> Tensor:
         """The result of an empty batch, for which some kernels return a wrong shape."""
@@ -271,24 +272,9 @@ class X86ConvSum(X86Conv):
 
     def pack(self) -> None:
         """As for a plain convolution, with the sum's own scale."""
-        g = self.geometry
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel = _ONEDNN.qconv2d_pointwise.binary
-        self._head = (
-            self.reads.scale,
-            self.reads.zero_point,
-            self._packed(),
-            self.weight_scale,
-            zeros,
-        )
-        self._call = (
-            self.bias,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            g.groups,
-            *self._ending(self.other),
-        )
+        self._head = self._given()
+        self._call = (self._kernel_bias(), *self._walk(), *self._ending(self.other))
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""

@@ -38,9 +38,9 @@ def borrowed(model: nn.Module) -> dict[int, nn.Parameter]:
         for held in module._parameters.values():
             if type(held) is not nn.Parameter:
                 continue
+            changes = not torchs or getattr(module, "max_norm", None) is not None
             # What was made in inference mode can have no twin that may be trained outside of it.
-            kept = held.is_inference() or getattr(module, "max_norm", None) is not None
-            if not torchs or kept:
+            if changes or held.is_inference():
                 own.add(id(held))
             elif id(held) not in made:
                 made[id(held)] = nn.Parameter(held.detach(), held.requires_grad)

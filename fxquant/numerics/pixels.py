@@ -3,14 +3,15 @@
 A picture arrives channel after channel; int8 convolutions read it pixel after pixel, and moving
 single bytes about costs more than quantizing them. A float32 from 2**23 up to 2**24 is an integer
 whose low 16 bits are its own low bits, so the codes of up to three channels are put together by
-integer arithmetic on whole channels, and what comes out is already in place: no cast, no copy.
+integer arithmetic on whole channels, and what comes out needs no cast.
 
-The codes may be given a border that stands for 0.0, as a convolution pads: it costs nothing here,
-and a kernel that is given no padding and no zero point has less to do.
+The codes may be given a border that stands for 0.0, as a convolution pads: one more copy of a third
+of the picture, for a kernel that is given no padding and no zero point and has less to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -38,7 +39,7 @@ def quantize_pixels(
     zero_point: int,
     quant_min: int,
     quant_max: int,
-    padding: tuple[int, int] = (0, 0),
+    padding: Sequence[int] = (0, 0),
 ) -> Tensor:
     """Return the uint8 codes of a picture, pixel after pixel; channels it lacks hold anything.
 
@@ -80,7 +81,8 @@ def quantize_pixels(
     return words.contiguous().view(torch.uint8).view(shape).permute(0, 3, 1, 2)
 
 
-def _bordered(words: Tensor, border: int, padding: tuple[int, int]) -> Tensor:
+def _bordered(words: Tensor, border: int, padding: Sequence[int]) -> Tensor:
+    """``words`` ``[batch, height, width]`` with ``border`` around each picture."""
     batch, height, width = words.shape
     down, right = padding
     made = words.new_full((batch, height + 2 * down, width + 2 * right), border)

@@ -85,9 +85,11 @@ def test_whoever_asks_for_a_slow_one_is_told() -> None:
         fxquant.quantize(model, [torch.randn(64, 2, 8)], overrides={nn.LSTM: "dynamic"})
 
 
-# Rows of recurrent layers are the same to the last bit. The static linears around them give floats
-# below 1, and the kernel for another number of rows may round them in another order (with AMX).
-LAST_BIT: Final[dict[str, Any]] = {"rtol": 0.0, "atol": 2.0**-22}
+# Kernels of static linears round floats in another order for another number of rows (with AMX), and
+# what lies next to half a step may then get another code in the recurrent layer that reads them.
+# One step of 255 in one number of the 24 of a row: 20 * log10(255) + 10 * log10(24) = 62 dB, less
+# what it does to the steps after it.
+NEAR: Final = 55.0
 
 
 def test_state_is_carried_from_call_to_call() -> None:
@@ -104,9 +106,20 @@ def test_state_is_carried_from_call_to_call() -> None:
     for step in STEPS.split(1):
         out, state = q(step, state)
         made.append(out)
-    torch.testing.assert_close(torch.cat(made), whole, **LAST_BIT)
-    for a, b in zip(state, ends, strict=True):
-        torch.testing.assert_close(a, b, **LAST_BIT)
+    assert decibels(whole, torch.cat(made)) > NEAR
+    assert all(decibels(b, a) > NEAR for a, b in zip(state, ends, strict=True))
+
+
+def test_steps_one_by_one_are_the_sequence_to_the_last_bit() -> None:
+    q: Any = fxquant.quantize(tagger(), mode="dynamic", example_inputs=(STEPS,))
+    state: Any = (torch.zeros(1, 3, 24), torch.zeros(1, 3, 24))
+    whole, ends = q.rnn(STEPS, state)
+    made = []
+    for step in STEPS.split(1):
+        out, state = q.rnn(step, state)
+        made.append(out)
+    assert torch.equal(torch.cat(made), whole)
+    assert all(torch.equal(a, b) for a, b in zip(state, ends, strict=True))
 
 
 class Packs(nn.Module):
@@ -162,7 +175,7 @@ def test_packed_sequences_in_graphs_and_in_pieces(branches: bool, asked: dict[An
     assert torch.equal(copy.deepcopy(q)(x, lengths), q(x, lengths))
     # Alone or in a batch: other lengths, another order.
     alone = q(x[1:2], lengths[1:2])
-    torch.testing.assert_close(alone[0], q(x, lengths)[1], **LAST_BIT)
+    assert decibels(q(x, lengths)[1], alone[0]) > NEAR
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
