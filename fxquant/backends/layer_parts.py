@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.backends.x86_layers import Geometry
+from fxquant.backends.x86_conv_plan import Geometry
 from fxquant.backends.x86_transposed import TransposedGeometry
 from fxquant.graph.edit import Editor
 from fxquant.graph.op_table import argument, op_of

@@ -13,13 +13,15 @@ one pass, besides the two that find their ends, where :mod:`fxquant.backends.x86
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.backends.x86_layers import Geometry, PostOp, X86Layer
+from fxquant.backends.x86_conv_plan import Geometry, plan_of
+from fxquant.backends.x86_layers import PostOp, X86Layer, first_column
 from fxquant.backends.x86_row_codes import RowCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.dynamic import byte_rows
@@ -120,8 +122,9 @@ class X86DynamicConv(X86Layer):
         """Reorder the weight, and add up what every output channel reads."""
         g, rank = self.geometry, self.weight.dim() - 2
         # Padding is the zero point, which each sample has of its own: it is written out before.
-        walk = (list(g.stride), [0] * rank, list(g.dilation), g.groups)
-        packed = _ONEDNN.qconv_prepack(self.weight, self.weight_scale, 1.0, 0, *walk, None)
+        self.plan = plan_of(self.weight_shape, replace(g, padding=(0,) * rank), 0)
+        walk, weight = self.plan.geometry.walk, self.plan.weight(self.weight)
+        packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, 1.0, 0, *walk, None)
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
         self._kernel = _ONEDNN.qconv_pointwise.default
         self._head = (_sums(self.weight, self.weight_scale).view(-1, *(1,) * rank),)
@@ -136,11 +139,19 @@ class X86DynamicConv(X86Layer):
         if x.numel() == 0:
             return self._nothing(x)
         codes, scale, zero_point = byte_rows(x, self.spec, rank + 1)
-        made = self._kernel(self._padded(codes, zero_point), *self._call)
+        made = self._made(self._padded(codes, zero_point))
         rest = -(scale * zero_point) * self._head[0]
         if self.bias is not None:
             rest = rest + self.bias.view(-1, *(1,) * rank)
         return torch.addcmul(rest, made, scale, out=made)
+
+    def _made(self, codes: Tensor) -> Tensor:
+        """One kernel call, with codes that it gets right."""
+        codes = self.plan.codes(codes)
+        if self.plan.is_narrow(codes):
+            return first_column(self._kernel(self.plan.widened(codes), *self._call))
+        made: Tensor = self._kernel(codes, *self._call)
+        return made
 
     def _padded(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         if not any(self.geometry.padding):

@@ -12,8 +12,9 @@ from typing import Final, cast
 import torch
 from torch import Tensor
 
+from fxquant.backends.x86_conv_plan import Geometry
 from fxquant.backends.x86_dynamic import X86DynamicConv
-from fxquant.backends.x86_layers import Geometry, PostOp, X86Layer
+from fxquant.backends.x86_layers import PostOp, X86Layer
 from fxquant.backends.x86_transposed import (
     TransposedGeometry,
     interleave,

@@ -264,7 +264,7 @@ def picture_of(match: Match) -> Node | None:
     picture = codes.args[0]
     if not alone or not isinstance(picture, Node) or picture.op != "placeholder":
         return None
-    fits = can_read_floats(weight_of(layer), int(argument(layer, "groups")))
+    fits = can_read_floats(weight_of(layer), geometry_of(layer))
     return picture if fits and codes_type(dq).dtype == torch.uint8 else None
 
 

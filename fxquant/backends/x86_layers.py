@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.backends.x86_conv_plan import Geometry, Plan, plan_of
 from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, unpacks_exactly
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
-_PACKED: Final = ("_call", "_head", "_kernel", "packed")
+_PICTURE: Final = 4
+_PACKED: Final = ("_call", "_head", "_kernel", "packed", "plan")
 """Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
 
@@ -37,23 +39,6 @@ class PostOp:
     name: str = "none"
     scalars: tuple[float, ...] = ()
     algorithm: str = ""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution walks.
-
-    Args:
-        stride: per spatial dimension.
-        padding: per spatial dimension, both sides.
-        dilation: per spatial dimension.
-        groups: number of groups.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
 
 class X86Layer(nn.Module):
@@ -202,48 +187,44 @@ class X86Conv(X86Layer):
         self._unbatched = weight.dim() - 1
         self.pack()
 
+    def _planned(self) -> Plan:
+        """How the kernel is given this convolution."""
+        return plan_of(self.weight_shape, self.geometry, self.reads.zero_point)
+
+    def _kernel_weight(self) -> Tensor:
+        """The weight as the kernel is given it."""
+        return self.plan.weight(self.weight)
+
     def _packed(self) -> Tensor:
         packed: Tensor = _ONEDNN.qconv_prepack(
             self._kernel_weight(),
             self.weight_scale,
             self.reads.scale,
-            self._kernel_zero_point(),
-            *self._walk(),
+            self.plan.zero_point,
+            *self.plan.geometry.walk,
             self._kernel_shape(),
         )
         return packed
 
-    def _walk(self) -> tuple[Any, ...]:
-        """Stride, padding, dilation and groups, as the kernel is given them."""
-        g = self.geometry
-        return list(g.stride), list(g.padding), list(g.dilation), g.groups
-
-    def _kernel_weight(self) -> Tensor:
-        """The weight as the kernel is given it."""
-        return self.weight
-
     def _kernel_shape(self) -> list[int] | None:
         """The shape of the codes that the layout of the weight is chosen for."""
-        return list(self.shape) if self.shape is not None else None
-
-    def _kernel_zero_point(self) -> int:
-        """The zero point of the codes, as the kernel is told it."""
-        return self.reads.zero_point
-
-    def _kernel_bias(self) -> Tensor | None:
-        """The bias, with whatever else is added to every sum."""
-        return self.bias
+        return self.plan.shape(self.shape)
 
     def _given(self) -> tuple[Any, ...]:
         """The first arguments of every kernel after the codes."""
         zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
-        zero_point = self._kernel_zero_point()
-        return self.reads.scale, zero_point, self._packed(), self.weight_scale, zeros
+        return self.reads.scale, self.plan.zero_point, self._packed(), self.weight_scale, zeros
+
+    def _walked(self) -> tuple[Any, ...]:
+        """The arguments that follow: the bias, and how the kernel walks."""
+        bias = self.plan.bias(self.bias, self.weight, self.weight_scale, self.reads.scale)
+        return (bias, *self.plan.geometry.walk)
 
     def pack(self) -> None:
         """Reorder the weight and lay out the call's constant arguments."""
+        self.plan = self._planned()
         self._kernel: Callable[..., Tensor] = _ONEDNN.qconv_pointwise.default
-        self._call = (*self._given(), self._kernel_bias(), *self._walk(), *self._ending())
+        self._call = (*self._given(), *self._walked(), *self._ending())
 
     def _nothing(self, codes: Tensor) -> Tensor:
         """The result of an empty batch, for which some kernels return a wrong shape."""
@@ -259,8 +240,15 @@ class X86Conv(X86Layer):
             return self.forward(codes.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
-        result: Tensor = self._kernel(codes, *self._call)
+        result = self._kernel(codes, *self._call) if self.plan.plain else self._careful(codes)
         return result if self.floor is None else result.clamp_(min=self.floor)
+
+    def _careful(self, codes: Tensor) -> Tensor:
+        """One kernel call for codes that the kernel would not get right as they are."""
+        codes = self.plan.codes(codes)
+        if not self.plan.is_narrow(codes):
+            return self._kernel(codes, *self._call)
+        return first_column(self._kernel(self.plan.widened(codes), *self._call))
 
 
 class X86ConvSum(X86Conv):
@@ -272,9 +260,10 @@ class X86ConvSum(X86Conv):
 
     def pack(self) -> None:
         """As for a plain convolution, with the sum's own scale."""
+        self.plan = self._planned()
         self._kernel = _ONEDNN.qconv2d_pointwise.binary
         self._head = self._given()
-        self._call = (self._kernel_bias(), *self._walk(), *self._ending(self.other))
+        self._call = (*self._walked(), *self._ending(self.other))
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``other`` is uint8 shaped as the result, and is overwritten."""
@@ -282,9 +271,19 @@ class X86ConvSum(X86Conv):
             return self.forward(codes.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
+        codes = self.plan.codes(codes)
+        narrow = self.plan.is_narrow(codes)
+        if narrow:
+            codes, other = self.plan.widened(codes), F.pad(other, (0, 1))
         total = other.contiguous(memory_format=torch.channels_last)
-        result: Tensor = self._kernel(codes, *self._head, total, *self._call)
-        return result
+        result = self._kernel(codes, *self._head, total, *self._call)
+        return first_column(result) if narrow else result
+
+
+def first_column(result: Tensor) -> Tensor:
+    """The first column of a result ``[batch, channels, ..., 2]``, channels last in memory."""
+    last = torch.channels_last if result.dim() == _PICTURE else torch.channels_last_3d
+    return result[..., :1].contiguous(memory_format=last)
 
 
 class X86Linear(X86Layer):

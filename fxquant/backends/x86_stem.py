@@ -15,11 +15,13 @@ everywhere, and the last term goes into the bias: 445 -> 350 us for ResNet's fir
 
 from __future__ import annotations
 
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from fxquant.backends.x86_conv_plan import Geometry, Plan, plan_of, taps_of
 from fxquant.backends.x86_layers import X86Conv
 from fxquant.numerics.affine import quantize
 from fxquant.numerics.pixels import PACKABLE, PACKED_CHANNELS, quantize_pixels
@@ -29,6 +31,11 @@ _PICTURE: Final = 4
 
 class X86Stem(X86Conv):
     """``act(conv2d(quantize(x)))`` of a float picture with two or three channels."""
+
+    def _planned(self) -> Plan:
+        unpadded = replace(self.geometry, padding=(0,) * len(self.geometry.padding))
+        shape = (self.weight_shape[0], PACKED_CHANNELS, *self.weight_shape[2:])
+        return replace(plan_of(shape, unpadded, 0), reads=self.reads.zero_point)
 
     def _kernel_weight(self) -> Tensor:
         missing = PACKED_CHANNELS - self.weight.shape[1]
@@ -40,20 +47,6 @@ class X86Stem(X86Conv):
         batch, _, *sides = self.shape
         padded = [side + 2 * p for side, p in zip(sides, self.geometry.padding, strict=True)]
         return [batch, PACKED_CHANNELS, *padded]
-
-    def _walk(self) -> tuple[Any, ...]:
-        stride, padding, *rest = super()._walk()
-        return (stride, [0] * len(padding), *rest)
-
-    def _kernel_zero_point(self) -> int:
-        return 0
-
-    def _kernel_bias(self) -> Tensor | None:
-        if self.reads.zero_point == 0:
-            return self.bias
-        sums = self.weight.flatten(1).sum(1, dtype=torch.int64).double()
-        rest = sums * self.weight_scale.double() * (-self.reads.scale * self.reads.zero_point)
-        return (rest if self.bias is None else rest + self.bias.double()).float()
 
     def forward(self, x: Tensor) -> Tensor:
         """One kernel call; ``x`` float ``[batch, channels, height, width]``, or without batch."""
@@ -69,10 +62,16 @@ class X86Stem(X86Conv):
         if x.numel() == 0:
             return self._nothing(quantize(x, *limits, reads.dtype))
         codes = quantize_pixels(x, *limits, self.geometry.padding)
-        result: Tensor = self._kernel(codes, *self._call)
-        return result
+        return self._kernel(codes, *self._call) if self.plan.plain else self._careful(codes)
 
 
-def can_read_floats(weight: Tensor, groups: int) -> bool:
-    """Whether a convolution has few enough input channels to pack a pixel into one word."""
-    return weight.dim() == _PICTURE and weight.shape[1] in PACKABLE and groups == 1
+def can_read_floats(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution has few enough input channels to pack a pixel into one word.
+
+    Not so where the packed weight would need columns of zeros, see :mod:`.x86_conv_plan`: a layer
+    of three channels needs none.
+    """
+    if weight.dim() != _PICTURE or weight.shape[1] not in PACKABLE or geometry.groups != 1:
+        return False
+    packed = (weight.shape[0], PACKED_CHANNELS, *weight.shape[2:])
+    return not any(taps_of(packed, geometry, unpadded=True))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from fxquant.backends.x86_conv_plan import Geometry, plan_of
 from fxquant.backends.x86_layers import PostOp, X86Layer
 from fxquant.graph.info import QType
 
@@ -158,24 +159,20 @@ class X86ConvTranspose(X86Layer):
         taps = g.taps(tuple(self.weight.shape[2:]))
         scale = per_phase(self.weight_scale.repeat(g.groups), g)
         bias = None if self.bias is None else per_phase(self.bias, g)
-        ones = [1] * len(taps)
-        walk: tuple[Any, ...] = (ones, [t - 1 for t in taps], ones, g.groups)
-        packed = _ONEDNN.qconv_prepack(
-            subpixel_weight(self.weight, g),
-            scale,
-            self.reads.scale,
-            self.reads.zero_point,
-            *walk,
-            None,
-        )
+        ones = (1,) * len(taps)
+        weight = subpixel_weight(self.weight, g)
+        stands = Geometry(ones, tuple(t - 1 for t in taps), ones, g.groups)
+        self.plan = plan_of(tuple(weight.shape), stands, self.reads.zero_point)
+        read = (self.reads.scale, self.plan.zero_point)
+        walk = self.plan.geometry.walk
+        packed = _ONEDNN.qconv_prepack(self.plan.weight(weight), scale, *read, *walk, None)
         zeros = torch.zeros(scale.numel(), dtype=torch.int32)
         self._call = (
-            self.reads.scale,
-            self.reads.zero_point,
+            *read,
             packed,
             scale,
             zeros,
-            bias,
+            self.plan.bias(bias, weight, scale, self.reads.scale),
             *walk,
             *self._output(),
             self.post.name,
@@ -192,6 +189,6 @@ class X86ConvTranspose(X86Layer):
         if codes.numel() == 0:
             channels = self.geometry.groups * self.weight.shape[1]
             return codes.new_empty((codes.shape[0], channels, *sides), dtype=self._output()[2])
-        phases = _ONEDNN.qconv_pointwise.default(codes, *self._call)
+        phases = _ONEDNN.qconv_pointwise.default(self.plan.codes(codes), *self._call)
         result = interleave(phases, sides, self.geometry, self.weight.shape[1])
         return result if self.floor is None else result.clamp_(min=self.floor)

@@ -47,10 +47,11 @@ class FoldConstants(Pass):
         for node, value in list(values.items()):
             outside = [user for user in node.users if user not in values]
             if node.op != "get_attr" and outside and _worth(node, value, values):
-                self._put(editor, node, value)
+                # What is made from it reads the folded value from now on.
+                values[self._put(editor, node, value)] = value
 
     @staticmethod
-    def _put(editor: Editor, node: Node, value: Tensor) -> None:
+    def _put(editor: Editor, node: Node, value: Tensor) -> Node:
         with editor.rule("fold-constant"):
             # A view of a part would keep the whole in memory and in files.
             whole = value.untyped_storage().nbytes() <= value.numel() * value.element_size()
@@ -62,6 +63,7 @@ class FoldConstants(Pass):
             sources = list(flat_nodes((node.args, dict(node.kwargs))))
             editor.replace(node, made)
             _erase_unread(editor, sources)
+        return made
 
 
 def _erase_unread(editor: Editor, nodes: list[Node]) -> None:

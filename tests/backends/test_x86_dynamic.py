@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86 import X86
+from fxquant.backends.x86_conv_plan import Geometry
 from fxquant.backends.x86_dynamic import X86DynamicConv, X86DynamicLinear
-from fxquant.backends.x86_layers import Geometry
 from fxquant.numerics.dynamic import quantize_rows
 from fxquant.spec import ROWS, QSpec
 

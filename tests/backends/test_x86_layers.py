@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends import x86_layer_rules as rules
+from fxquant.backends.x86_conv_plan import Geometry
 from fxquant.backends.x86_layers import (
-    Geometry,
     PostOp,
     X86Conv,
     X86ConvSum,

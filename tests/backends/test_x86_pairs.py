@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86 import X86
-from fxquant.backends.x86_layers import Geometry, PostOp, X86Conv, X86Linear
+from fxquant.backends.x86_conv_plan import Geometry
+from fxquant.backends.x86_layers import PostOp, X86Conv, X86Linear
 from fxquant.backends.x86_matmul import ProductCodes
 from fxquant.backends.x86_pairs import layers_saturate, products_saturate
 from fxquant.backends.x86_pointwise import X86Pointwise
