@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from fxquant.patterns import conv, linear, norm, residual, unary
+from fxquant.patterns import conv, linear, norm, residual, scale_shift, unary
 from fxquant.patterns.rule import Rule
 
 FUSION_RULES: Final[tuple[Rule, ...]] = (
     *norm.RULES,
+    *scale_shift.RULES,
     *conv.RULES,
     *linear.RULES,
     *residual.RULES,

@@ -95,7 +95,7 @@ def affine_of(bn: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if beta is None else shift + beta.double()
 
 
-def _channel_view(scale: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
+def channel_view(scale: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
     """``scale`` shaped to multiply the weight along its output channels."""
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         # A transposed weight is [in, out / groups, ...]: the inputs of group g meet its outputs.
@@ -116,7 +116,7 @@ def folded(layer: nn.Module, bn: nn.Module) -> nn.Module:
         scale, shift = affine_of(bn)
         weight = layer.get_parameter("weight")
         bias = layer._parameters.get("bias")
-        new_weight = weight * _channel_view(scale, weight, layer).to(weight.dtype)
+        new_weight = weight * channel_view(scale, weight, layer).to(weight.dtype)
         new_bias = shift if bias is None else shift + bias.double() * scale
         twin = share_parameters(layer)
         grad = weight.requires_grad

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -264,6 +264,9 @@ def test_a_plan_says_what_the_layer_writes() -> None:
     assert _plan((32, 32, 8, 8), stride=(24, 24)).taps == (0, 1)
     assert _plan((16, 24, 8, 1)).taps == (0, 1)
     assert _plan((24, 16, 1, 4, 4), stride=(4, 4, 4)).taps == (3, 0, 0)
+    # Rows that may meet no input, and borders of dilated kernels that lose a zero point.
+    assert _plan((16, 24, 2, 6), padding=(1, 6), dilation=(2, 1)).fill == (6, 6, 1, 1)
+    assert _plan((4, 48, 3, 3), 9, padding=(2, 2), dilation=(2, 2)).fill == (2, 2, 2, 2)
 
 
 def test_the_zero_point_goes_into_the_bias_exactly() -> None:
@@ -303,7 +306,9 @@ def _on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
         (nn.Sequential(nn.SiLU(), nn.ConvTranspose1d(24, 48, 9, 3, 2)), (2, 24, 9)),
     ],
 )
-def test_quantized_models_are_right(model: nn.Module, shape: tuple[int, ...], mode: str) -> None:
+def test_quantized_models_are_right(
+    model: nn.Module, shape: tuple[int, ...], mode: Literal["static", "dynamic"]
+) -> None:
     torch.manual_seed(0)
     model, x = model.eval(), torch.randn(shape)
     data = [x] if mode == "static" else None

@@ -82,8 +82,8 @@ def test_linear_mul_add_relu(backend: str) -> None:
     model, x = Scaled().eval(), torch.randn(32, 16)
     q, report = quantized(model, scaled, backend=backend, x=x)
     assert [op.op for op in report.ops] == ["scaled", "linear"]
-    # mul stands alone, since it has a tensor; add and relu of a number are one function.
-    assert report.ops[0].int8 and report.ops[0].parts.startswith("linear+mul")
+    # The gain goes into the layer; add and relu of a number are one function.
+    assert report.ops[0].int8 and report.ops[0].parts == "linear+unary"
     assert error(q, model, x) < 0.03
 
 
