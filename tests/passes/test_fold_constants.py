@@ -31,6 +31,9 @@ Body = Callable[..., Any]
         (lambda m, x: x + m.row.unsqueeze(0).expand(50, 3), ["unsqueeze", "expand", "add"]),
         (lambda m, x: F.linear(x, F.dropout(m.w, 0.5, True)), ["dropout", "linear"]),
         (lambda m, x: x * m.w[:1] + m.w[:1].sum(), ["mul", "add"]),
+        # What is folded for one reader is read by another that is folded as well.
+        (lambda m, x: x * m.w[0].exp() + (m.w[1] - m.w[0].exp()), ["mul", "add"]),
+        (lambda m, x: (lambda s: x * s + (m.w[1] - m.row * s))(m.w[0].exp()), ["mul", "add"]),
     ],
 )
 def test_constants_are_computed_once(body: Body, ops: list[str]) -> None:
