@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxquant.backends.base import MEASURED, WITHOUT_VNNI, Costs
+from fxquant.backends.half_convs import PLANNED
 from fxquant.backends.x86_attention import ATTENTION_RULES
 from fxquant.backends.x86_dynamic_products import DYNAMIC_PRODUCT_RULES
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
@@ -48,7 +49,7 @@ class X86:
         *ATTENTION_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
-        default_factory=lambda: {IntegerRecurrent: X86Recurrent}
+        default_factory=lambda: {IntegerRecurrent: X86Recurrent, **PLANNED}
     )
     reads_unsigned: bool = True
     costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)

@@ -40,7 +40,7 @@ from torch import Tensor
 from fxquant.backends.x86_pairs import has_tiles
 
 _LOWERED: Final = 32
-"""Rows are lowered where a group has fewer input channels."""
+"""Rows are lowered where the input channels of a group take fewer bytes."""
 _ROW: Final = 64
 """Bytes of a row of a tile."""
 _WORD: Final = 4
@@ -144,20 +144,30 @@ class Plan:
 
 
 def plan_of(
-    shape: tuple[int, ...], geometry: Geometry, zero_point: int, *, tiles: bool | None = None
+    shape: tuple[int, ...],
+    geometry: Geometry,
+    zero_point: int,
+    *,
+    size: int = 1,
+    tiles: bool | None = None,
 ) -> Plan:
     """How the kernel gets a convolution right.
 
     Args:
         shape: of the weight, ``[outputs, inputs / groups, ...]``.
         geometry: how it walks.
-        zero_point: of the codes that it reads.
+        zero_point: of the codes that it reads; 0 for numbers.
+        size: bytes of a code, or of a number.
         tiles: whether kernels with AMX run it; ``None`` asks the processor.
     """
     tiled = has_tiles() if tiles is None else tiles
     told = zero_point == 0 or not _loses_zero_point(shape, geometry, tiled)
-    pads = not told or (tiled and (_loses_depth(shape, geometry) or _may_miss(shape, geometry)))
-    taps = taps_of(shape, geometry, unpadded=pads) if tiled else (0,) * len(geometry.stride)
+    pads = not told or (
+        tiled and (_loses_depth(shape, geometry, size) or _may_miss(shape, geometry))
+    )
+    taps = (
+        taps_of(shape, geometry, unpadded=pads, size=size) if tiled else (0,) * len(geometry.stride)
+    )
     plan = Plan(geometry, zero_point if told else 0, zero_point, taps=taps)
     if any(taps) or pads:
         plan = _padding(plan)
@@ -185,9 +195,9 @@ def _loses_zero_point(shape: tuple[int, ...], geometry: Geometry, tiled: bool) -
     return tiled and (grouped or borders)
 
 
-def _loses_depth(shape: tuple[int, ...], geometry: Geometry) -> bool:
+def _loses_depth(shape: tuple[int, ...], geometry: Geometry, size: int) -> bool:
     """Whether what lies before and behind an input of one layer may be wrong."""
-    few = shape[1] < _LOWERED and shape[-1] > 1
+    few = shape[1] * size < _LOWERED and shape[-1] > 1
     return few and len(geometry.padding) == _DEEP and geometry.padding[0] > 0
 
 
@@ -200,33 +210,37 @@ def _may_miss(shape: tuple[int, ...], geometry: Geometry) -> bool:
     return any(p and d > 1 and (size % 2 == 0 or 2 * p != (size - 1) * d) for size, p, d in walks)
 
 
-def taps_of(shape: tuple[int, ...], geometry: Geometry, *, unpadded: bool) -> tuple[int, ...]:
+def taps_of(
+    shape: tuple[int, ...], geometry: Geometry, *, unpadded: bool, size: int = 1
+) -> tuple[int, ...]:
     """How many rows of zeros a kernel needs, per dimension, to be one that is computed rightly.
 
     Args:
         shape: of the weight, ``[outputs, inputs / groups, ...]``.
         geometry: how it walks.
         unpadded: whether the layer writes the padding in any case.
+        size: bytes of a code, or of a number.
     """
     kernel, stride = shape[2:], geometry.stride
     pointwise = max(kernel) == 1 and not any(geometry.padding)
     deep = len(kernel) == _DEEP and not pointwise
     depth = max(stride[0] - kernel[0], 0) if deep else 0
     width = 0
-    while _misfits((*shape[:-1], shape[-1] + width), geometry, unpadded or width + depth > 0):
+    while _misfits((*shape[:-1], shape[-1] + width), geometry, size, unpadded or width + depth > 0):
         width += 1
     return (depth, *(0,) * (len(kernel) - 2), width) if len(kernel) > 1 else (width,)
 
 
-def _misfits(shape: tuple[int, ...], geometry: Geometry, unpadded: bool) -> bool:
+def _misfits(shape: tuple[int, ...], geometry: Geometry, size: int, unpadded: bool) -> bool:
     """Whether the kernel takes a weight for laid out as lowered rows that is not.
 
     Args:
         shape: of the weight.
         geometry: how it walks.
+        size: bytes of a code, or of a number.
         unpadded: whether the layer writes the padding.
     """
-    inputs, width, stride = shape[1], shape[-1], geometry.stride[-1]
+    inputs, width, stride = shape[1] * size, shape[-1], geometry.stride[-1]
     if inputs % _WORD or geometry.dilation[-1] > 1:
         return False
     if width == 1:

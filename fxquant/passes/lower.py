@@ -22,7 +22,7 @@ class Lower(Pass):
 
     Args:
         rules: the backend's lowering rules.
-        modules: the backend's own form of whole modules, by their class.
+        modules: the backend's own form of whole modules, by their class; a module may be its own.
     """
 
     name: ClassVar[str] = "lower"
@@ -41,10 +41,12 @@ class Lower(Pass):
                     # The quantize around an op is ours: with that alone nothing of it fitted.
                     editor.miss(rule, node, reject.reason, reject.matched - 1)
         for node in [n for n in editor.graph.nodes if n.op == "call_module"]:
-            make = self.modules.get(type(module_of(node)))
-            if make is not None:
+            module = module_of(node)
+            make = self.modules.get(type(module))
+            made = module if make is None else make(module)
+            if made is not module:
                 with editor.rule("lower-module"):
-                    editor.set_module(str(node.target), make(module_of(node)))
+                    editor.set_module(str(node.target), made)
                     editor.annotate(node, rules=(*info(node).rules, "lower-module"))
         with editor.rule("drop-dead"):
             editor.clean()
