@@ -143,3 +143,27 @@ def test_import_leaves_the_collector_as_it_was(switch: str) -> None:
     code = f"import gc, torch; gc.{switch}(); import fxquant; print(gc.isenabled())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(switch == "enable")
+
+
+_WAITS = (
+    "networkx.classes",
+    "jinja2.environment",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.onnx",
+)
+"""What takes a tenth of a second or more, and nobody needs who only imports the package."""
+
+
+def test_importing_the_package_loads_nothing_that_can_wait() -> None:
+    ask = (
+        "import sys, torch; old = set(sys.modules); import fxquant; print(*set(sys.modules) - old)"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    new = done.stdout.split()
+    assert "fxquant.api" in new
+    assert [name for name in _WAITS if name in new] == []
+    # Whatever else comes along is the package's own, or stands among its dependencies.
+    others = {name.split(".")[0] for name in new if not name.startswith("torch.")}
+    known = {"fxquant", "networkx", "jinja2", "markupsafe", "tabulate"}
+    assert others - known <= set(sys.stdlib_module_names)
