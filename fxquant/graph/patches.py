@@ -1,4 +1,4 @@
-"""What has to be different while a model is traced: ``len``, and factories of tensors.
+"""What has to be different while a model is traced: ``len``, factories of tensors, and caches.
 
 Everything here passes through untouched what holds no proxy and whatever other threads do.
 """
@@ -6,9 +6,10 @@ Everything here passes through untouched what holds no proxy and whatever other 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Generator, Mapping
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, Final
 
 import torch
@@ -96,6 +97,63 @@ def _transform(
     return run
 
 
+_Cached: Final = type(functools.lru_cache(len))
+"""What ``functools.lru_cache`` makes of a function."""
+
+
+def _uncached(cached: Any, is_mine: Callable[[], bool]) -> Callable[..., Any]:
+    """A cached function that is simply called for proxies: a cache looks for the size they had."""
+
+    @functools.wraps(cached)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = is_mine() and next(proxies_in((args, kwargs)), None) is not None
+        return (cached.__wrapped__ if traced else cached)(*args, **kwargs)
+
+    return call
+
+
+def _caches(root: nn.Module) -> tuple[dict[tuple[type, str], Any], list[CellType]]:
+    """Cached methods of the model's classes, and cells of their methods that hold a cache."""
+    classes = dict.fromkeys(base for m in root.modules() for base in type(m).__mro__)
+    own = [c for c in classes if c is not object and not c.__module__.startswith("torch.")]
+    members = {(c, name): value for c in own for name, value in vars(c).items()}
+    methods = {at: v for at, v in members.items() if isinstance(_function(v), _Cached)}
+    functions = [f for f in map(_function, members.values()) if isinstance(f, FunctionType)]
+    cells = {id(cell): cell for f in functions for cell in f.__closure__ or ()}
+    return methods, [cell for cell in cells.values() if isinstance(_inside(cell), _Cached)]
+
+
+def _function(member: Any) -> Any:
+    return member.__func__ if isinstance(member, staticmethod | classmethod) else member
+
+
+def _inside(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that is not set yet
+        return None
+
+
+@contextlib.contextmanager
+def _without_caches(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
+    """Cached methods are called for proxies as if they were not cached."""
+    methods, cells = _caches(root)
+    held = [cell.cell_contents for cell in cells]
+    try:
+        for (owner, name), member in methods.items():
+            plain = _uncached(_function(member), is_mine)
+            kind = type(member) if isinstance(member, staticmethod | classmethod) else None
+            setattr(owner, name, plain if kind is None else kind(plain))
+        for cell, cached in zip(cells, held, strict=True):
+            cell.cell_contents = _uncached(cached, is_mine)
+        yield
+    finally:
+        for (owner, name), member in methods.items():
+            setattr(owner, name, member)
+        for cell, cached in zip(cells, held, strict=True):
+            cell.cell_contents = cached
+
+
 @contextlib.contextmanager
 def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
     """Patch while ``root`` is traced; undone at the end, failure or not.
@@ -119,6 +177,12 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
         (vars(module), name, _transform(vars(module)[name], shown, is_mine))
         for module, name, shown in _TRANSFORMS
     ]
+    places += [
+        (vars(module), name, _uncached(value, is_mine))
+        for module in _user_modules(root)
+        for name, value in vars(module).items()
+        if isinstance(value, _Cached)
+    ]
     before = [(space, name, space.get(name)) for space, name, _ in places]
     real = {name: getattr(torch, name) for name in (*_FACTORIES, "is_tensor")}
     try:
@@ -127,7 +191,7 @@ def patched(root: nn.Module, is_mine: Callable[[], bool]) -> Generator[None]:
         for name in _FACTORIES:
             setattr(torch, name, _factory(real[name], is_mine))
         torch.is_tensor = _is_tensor  # type: ignore[assignment] # narrower than a TypeGuard
-        with _Mode():
+        with _Mode(), _without_caches(root, is_mine):
             yield
     finally:
         for name, function in real.items():
