@@ -7,6 +7,7 @@ its memory. They are given to the kernel as the same plans say, for numbers of t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -90,5 +91,7 @@ def planned(conv: nn.Module) -> nn.Module:
     return twin
 
 
-PLANNED: Final = dict.fromkeys(_PLANNED, planned)
+PLANNED: Final[Mapping[type[nn.Module], Callable[..., nn.Module]]] = dict.fromkeys(
+    _PLANNED, planned
+)
 """For :class:`fxquant.passes.lower.Lower`."""

@@ -37,6 +37,11 @@ _NEEDED: Final = {
     "qbatch_norm2d": "default",
 }
 
+_MODULES: Final[Mapping[type[nn.Module], Callable[..., nn.Module]]] = {
+    IntegerRecurrent: X86Recurrent,
+    **PLANNED,
+}
+
 
 @dataclass(frozen=True)
 class X86:
@@ -49,7 +54,7 @@ class X86:
         *ATTENTION_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
-        default_factory=lambda: {IntegerRecurrent: X86Recurrent, **PLANNED}
+        default_factory=lambda: dict(_MODULES)
     )
     reads_unsigned: bool = True
     costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)
