@@ -36,6 +36,7 @@ from fxquant.errors import (
     FxQuantWarning,
     warn_user,
 )
+from fxquant.graph.held_state import random_kept
 from fxquant.graph.settle import unwrapped
 from fxquant.graph.user_class import with_user_class, with_user_class_of
 from fxquant.numerics.fake_quantizer import FakeQuantize
@@ -146,7 +147,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     model = unwrapped(model)
     check_model(model)
     feed = _Feed(calibration, transform, max_batches, progress)
-    with torch.random.fork_rng(devices=[]):
+    with random_kept(model):
         prepared = _prepare_and_calibrate(model, example_inputs, wishes, feed, backend)
         if train is not None:
             prepared.train()
@@ -382,7 +383,7 @@ def _prepare(
     check_model(model)
     check_floats(model, args, kwargs)
     if wishes.mode == "qat":
-        with torch.random.fork_rng(devices=[]), collector_paused():
+        with random_kept(model), collector_paused():
             return build_trainable(model, args, kwargs, wishes, resolve_backend(backend))
     if model.training:
         warn_user(
@@ -390,5 +391,5 @@ def _prepare(
             FxQuantWarning,
         )
     make = build_from_copy if wishes.mode == "static" and not wishes.borrow else build
-    with torch.random.fork_rng(devices=[]), collector_paused():
+    with random_kept(model), collector_paused():
         return with_user_class(make(model, args, kwargs, wishes), model)

@@ -20,7 +20,7 @@ from fxquant.calibration.example import refused_example
 from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
 from fxquant.graph.both_modes import capture_both
 from fxquant.graph.capture import copied
-from fxquant.graph.held_state import state_kept
+from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.graph.info import info, write_info
 from fxquant.graph.op_table import module_of, module_op, op_of
 from fxquant.graph.ops import Kind
@@ -160,6 +160,7 @@ def build_trainable(
     fake_quantize_recipe(backend, both.droppers).run(module, record)
     if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
         raise nothing_int8(read_ops(module.graph))
+    _put_with(model, module)
     record.parts = (Part("", both.captured.rung),)
     attach(module, record)
     made = with_user_class(module, model, TrainableModule)
@@ -167,6 +168,18 @@ def build_trainable(
         raise TypeError(f"{type(made).__name__} does not keep the user's modules")
     adopt_tree(made, root, model, HOME)
     return made
+
+
+def _put_with(model: nn.Module, module: GraphModule) -> None:
+    """Put fake-quants where the model is, before anybody asks for their parameters.
+
+    Those of a model on several devices move to what they see when they first see it.
+    """
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) == 1:
+        for each in module.modules():
+            if isinstance(each, FakeQuantizer):
+                each.to(devices.copy().pop())
 
 
 def start_from(trainee: GraphModule, calibrated: GraphModule) -> None:
@@ -278,7 +291,7 @@ def _see_shapes(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
         else:
             return
     modes = [(each, each.training) for each in module.modules()]
-    with torch.no_grad(), state_kept(module), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), state_kept(module), random_kept(module):
         try:
             _Shapes(module.eval(), garbage_collect_values=True).run(*inputs)
         except USER_FAILURES as error:

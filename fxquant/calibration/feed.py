@@ -33,7 +33,7 @@ from fxquant.errors import (
     FxQuantError,
     warn_user,
 )
-from fxquant.graph.held_state import state_kept
+from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import NonFiniteError, Observer
 from fxquant.numerics.ranks import is_distributed
@@ -221,12 +221,10 @@ def _calibrating(model: nn.Module, observers: list[Observer]) -> Generator[None]
     """Observers on; at the end, or on failure, all else is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     grad = torch.is_grad_enabled()
-    device = _device(model)
-    cuda = [device] if device is not None and device.type == "cuda" else []
     # Data is drawn in the caller's grad mode (a generator may optimise its batches), never in
     # inference mode: what observers keep would be inference tensors, which nothing can update.
     with (
-        torch.random.fork_rng(devices=cuda),
+        random_kept(model),
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
         state_kept(model),

@@ -21,6 +21,7 @@ from fxquant.errors import TraceError
 from fxquant.graph.attention_modules import open_modules, settle_activations
 from fxquant.graph.copies import deep_copy
 from fxquant.graph.export import export_graph
+from fxquant.graph.held_state import random_kept
 from fxquant.graph.info import info
 from fxquant.graph.names import check_names
 from fxquant.graph.patches import patched
@@ -248,7 +249,7 @@ class _Climb:
 
 def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether ``model`` runs on the example; anything the user's code raises is no."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with random_kept(model), torch.no_grad():
         try:
             nn.Module.__call__(model, *args, **kwargs)
         except Exception:  # noqa: BLE001 - the user's own code may fail in any way
@@ -311,8 +312,7 @@ def _left_as_found(root: nn.Module, binding: Binding) -> Generator[None]:
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     buffers = [(m._buffers, dict(m._buffers)) for m in modules]
     values = [(b, b.detach().clone()) for b in root.buffers()]
-    devices = {b.device for b in (*root.buffers(), *root.parameters()) if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+    with random_kept(root), torch.no_grad():
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Tensors of a model that its own forward writes to: counters, caches, running statistics."""
+"""What running a model changes: tensors that its own forward writes to, and the random state."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def state_kept(*models: nn.Module) -> Generator[None]:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def random_kept(*models: object) -> Generator[None]:
+    """Put the random state back at the end: the processor's, and those of GPUs the models are on.
+
+    Args:
+        models: what will be run; what is no module, and refused later, has no device.
+    """
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    held = (tensor for m in modules for tensor in (*m.parameters(), *m.buffers()))
+    devices = {tensor.device for tensor in held if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.graph.held_state import random_kept
 from fxquant.graph.info import KEY, NodeInfo, info, write_info
 from fxquant.graph.reads import watching
 from fxquant.graph.signature import Binding, is_literal
@@ -167,7 +168,7 @@ def record_calls(
         for path in found
     ]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), ExitStack() as watch:
+        with random_kept(module), torch.no_grad(), ExitStack() as watch:
             reads = {
                 path: watch.enter_context(watching(module.get_submodule(path))) for path in found
             }

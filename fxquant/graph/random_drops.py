@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.graph.copies import deep_copy
+from fxquant.graph.held_state import random_kept
 
 _SHAPES: Final = ((2, 3, 4, 4), (2, 3, 4), (2, 3))
 
@@ -85,7 +86,7 @@ def _one_input(module: nn.Module) -> bool:
 
 def _gives_back(module: nn.Module, x: Tensor) -> bool:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), random_kept(module):
             # What works in place, as x.tanh_() does, gives back the tensor, and changes it.
             return module(x) is x and not x._version
     # The user's code, called with what it may not be made for: then it is not what is looked for.

@@ -13,6 +13,7 @@ from fxquant.calibration.binding import bind_batch
 from fxquant.errors import ConfigError
 from fxquant.graph.capture import capture
 from fxquant.graph.diff import GraphState, graph_state
+from fxquant.graph.held_state import random_kept
 from fxquant.graph.pieces import joined
 from fxquant.graph.settle import uncompiled, unwrapped
 from fxquant.passes.configure import Selector
@@ -146,7 +147,7 @@ def _diff_with_noise(a: Comparable, b: Comparable | None, feed: Feed) -> ModelDi
             "diff() with data runs two models: pass the float model, what quantize() made of it, "
             "and the data"
         )
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), random_kept(a, b):
         noise = measured_noise(uncompiled(a), b, feed)
     snapshots = record_of(b).snapshots
     return diff_models(snapshots[0].state, _state(b, "b")).with_noise(noise)
@@ -187,7 +188,7 @@ def compare(
         >>> compare(net, q, batches).worst(1)[0].op
         'linear+relu'
     """
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), random_kept(model, quantized):
         return compare_models(uncompiled(model), quantized, Feed(data, transform, max_batches))
 
 
@@ -228,7 +229,7 @@ def verify(
         >>> verify(prepared, converted, [batch]).ok
         True
     """
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), random_kept(prepared, converted):
         feed = Feed(data, transform, max_batches)
         return verify_models(unwrapped(prepared), unwrapped(converted), feed)
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from fxquant.calibration.data import check_options, is_function, refuse_empty
 from fxquant.errors import ConfigError
 from fxquant.graph.counterparts import Counterpart, counterparts, last_origins
-from fxquant.graph.held_state import state_kept
+from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.graph.op_table import module_of
 from fxquant.graph.walk import Walk, bind_inputs
 from fxquant.numerics.affine import quantize
@@ -139,7 +139,7 @@ class _Lockstep:
     def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run one batch."""
         self._truth.clear()
-        with torch.random.fork_rng(devices=[]):
+        with random_kept(self._trained, self._made):
             for module, changed in ((self._trained, self._watch), (self._made, self._compare)):
                 torch.manual_seed(0)
                 Walk(module, bind_inputs(module, args, kwargs), changed).run()

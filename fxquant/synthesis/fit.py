@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
+from fxquant.graph.held_state import random_kept
 from fxquant.synthesis.shapes import input_shape
 from fxquant.synthesis.statistics import Reached, Site, measuring, trained_sites
 
@@ -114,9 +115,8 @@ def synthesize(
 @contextmanager
 def _undisturbed(model: nn.Module) -> Generator[None]:
     """Gradients on whatever the caller's mode, and the random state put back: forwards may draw."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
-        torch.random.fork_rng(devices=list(devices)),
+        random_kept(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
