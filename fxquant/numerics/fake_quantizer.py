@@ -94,6 +94,11 @@ class FakeQuantizer(nn.Module):
         spec = f"dtype={self.spec.dtype}, bits={self.spec.bits}"
         return f"path={self.path!r}, {spec}, {' and '.join(on) or 'switched off'}"
 
+    def _be_with(self, x: Tensor) -> None:
+        """Move to where ``x`` is: a model may be spread over several devices."""
+        if self.scale.device != x.device:
+            self.to(x.device)
+
     def _set(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         with torch.no_grad():
             self.scale.copy_(scale)
@@ -210,6 +215,7 @@ class FakeQuantize(FakeQuantizer, Watcher):
     def _observe(self, x: Tensor) -> None:
         if in_backward():
             return
+        self._be_with(x)
         with torch.no_grad():
             alone = self._steps is not None or not is_distributed()
             if not x.numel():

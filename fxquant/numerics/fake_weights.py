@@ -85,6 +85,7 @@ class FakeQuantizeWeight(FakeQuantizer):
         """
         spread = None if factor is None else self.spread(factor, weight)
         if self._follows():
+            self._be_with(weight)
             with torch.no_grad():
                 self._set(self.covering(weight.detach(), spread))
                 self.batches.fill_(1)

@@ -60,7 +60,7 @@ def integer_weight(
             codes = quantize_weight(weight, qparams)
     # Codes take over the strides of what they stand for, and kernels pack memory as it lies: a
     # transposed weight would be packed untransposed.
-    return codes.contiguous(), qparams.scale
+    return codes.contiguous(), qparams.scale.to(weight.device)
 
 
 def trained_weight(
@@ -88,7 +88,7 @@ def trained_weight(
         qparams = QParams(scale, zero, spec.quant_min, spec.quant_max, torch.int8, along)
         codes = quantize_weight(weight, qparams).contiguous()
         if not (fit_pairs and bool(pair_saturates(codes, axis=axis).any())):
-            return codes, scale
+            return codes, scale.to(weight.device)
     return integer_weight(weight, spec, axis, fit_pairs=fit_pairs)
 
 

@@ -246,3 +246,16 @@ def test_a_learned_step_of_a_weight_is_set_once_also_after_loading() -> None:
     other.load_state_dict(fresh.state_dict())
     other(5 * torch.ones(2, 2))
     assert float(other.scale.detach()) == pytest.approx(5 / 127)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_fake_quants_move_to_what_they_watch(learned: bool) -> None:
+    """A model may be spread over several devices."""
+    there = torch.device("meta")
+    spec = QSpec(learned=learned)
+    fake = FakeQuantize(spec, "a")
+    fake(torch.ones(3, device=there))
+    assert {t.device for t in (*fake.parameters(), *fake.buffers())} == {there}
+    weight = FakeQuantizeWeight(PER_CHANNEL, "b", (2, 3), 0)
+    assert weight(torch.ones(2, 3, device=there)).device == there
+    assert weight.scale.device == there
