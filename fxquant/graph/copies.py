@@ -57,7 +57,24 @@ def deep_copy(root: M, memo: dict[int, Any]) -> M:
     usual: dict[type, bool] = {}
     for module in root.modules():
         _module(module, memo, usual)
-    return copy.deepcopy(root, memo)
+    made = copy.deepcopy(root, memo)
+    _flatten_recurrent(root, made)
+    return made
+
+
+def _flatten_recurrent(root: nn.Module, made: nn.Module) -> None:
+    """Lay the weights of recurrent layers side by side again, which kernels of GPUs ask for.
+
+    Copies lie each by itself, and every call would move them together, with a warning. (Layers on
+    a processor are left as they are.)
+    """
+    layers = [module for module in made.modules() if isinstance(module, nn.RNNBase)]
+    if layers:
+        held = {id(parameter) for parameter in root.parameters()}
+        for layer in layers:
+            # What is shared with the original is not moved under its feet.
+            if not any(id(weight) in held for weight in layer.parameters(recurse=False)):
+                layer.flatten_parameters()
 
 
 def _module(module: nn.Module, memo: dict[int, Any], usual: dict[type, bool]) -> None:

@@ -104,3 +104,17 @@ def test_hooks_are_copied_as_ever_and_belong_to_one() -> None:
     assert calls == ["first"]
     twin(torch.ones(1, 2))
     assert calls == ["first", "first", "second"]
+
+
+def test_weights_of_recurrent_layers_are_laid_side_by_side_but_not_those_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there is a GPU, whose kernels ask for it: on a processor nothing is moved."""
+    flattened: list[nn.Module] = []
+    model = nn.Sequential(nn.LSTM(2, 3), nn.LSTM(3, 3))
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda self: flattened.append(self))
+    twin = deep_copy(model, {})
+    assert flattened == [twin[0], twin[1]]
+    flattened.clear()
+    twin = deep_copy(model, {id(p): p for p in model[0].parameters()})
+    assert flattened == [twin[1]]
