@@ -243,6 +243,6 @@ def resolve_backend(name: str, model: nn.Module | None = None, mode: str = "stat
 
 
 def _device(model: nn.Module | None) -> str:
-    """The kind of device that the model's first tensor is on."""
+    """The kind of device that the model is on, whatever constants of it stay on the processor."""
     held = () if model is None else (*model.parameters(), *model.buffers())
-    return next((tensor.device.type for tensor in held), "cpu")
+    return next((kind for kind in (t.device.type for t in held) if kind != "cpu"), "cpu")

@@ -69,8 +69,8 @@ class _Elsewhere(nn.Module):
         self.device = torch.device(device)
 
     def parameters(self, recurse: bool = True) -> Any:
-        """One tensor, as far as anybody asks."""
-        return iter([SimpleNamespace(device=self.device)])
+        """A constant that stayed on the processor, and a weight."""
+        return iter([SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", self.device)])
 
 
 def test_auto_goes_by_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:

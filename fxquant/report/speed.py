@@ -133,9 +133,17 @@ def _best(
 
 
 def _seconds(run: Callable[[], Any]) -> float:
+    _wait()
     start = time.perf_counter()
     run()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Until GPUs are done: a call returns when its work is queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class _Clock(fx.Interpreter):
@@ -150,6 +158,7 @@ class _Clock(fx.Interpreter):
         """Time one node and book it under the first captured node it comes from."""
         start = time.perf_counter()
         value = super().run_node(n)
+        _wait()
         key = next(iter(info(n).origins), n.name)
         self.spent[key] = self.spent.get(key, 0.0) + time.perf_counter() - start
         self.labels.setdefault(key, (info(n).path or n.name, what(n)))
