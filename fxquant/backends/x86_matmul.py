@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fxquant.backends.rule_parts import codes_of, dequantized, put_op, quantized, writes_of
 from fxquant.backends.x86_layer_rules import codes_type, put
-from fxquant.backends.x86_pairs import products_saturate
+from fxquant.backends.x86_pairs import integer_product, products_saturate
 from fxquant.graph.edit import Editor
 from fxquant.graph.info import QType, info
 from fxquant.numerics.affine import quantize
@@ -105,12 +105,12 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     if math.prod(shape) == 0 or a.shape[-1] == 0:
         return torch.zeros(shape, dtype=torch.int32)
     if b.dim() == 2:
-        return torch._int_mm(a.reshape(-1, a.shape[-1]), b).view(shape)
+        return integer_product(a.reshape(-1, a.shape[-1]), b).view(shape)
     total = torch.empty((math.prod(batch), *shape[-2:]), dtype=torch.int32)
     lefts = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     rights = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
     for left, right, out in zip(lefts, rights, total, strict=True):
-        torch._int_mm(left, right, out=out)
+        integer_product(left, right, out=out)
     return total.view(shape)
 
 

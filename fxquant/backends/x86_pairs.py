@@ -11,7 +11,11 @@ import functools
 from typing import Any, Final
 
 import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
 
+TAKES_UNSIGNED: Final = TorchVersion(torch.__version__) >= TorchVersion("2.13")
+"""Whether ``torch._int_mm`` takes uint8 codes on a processor: that of torch 2.11 does not."""
 _WIDTH: Final = 64
 _CODE: Final = 255
 _WEIGHT: Final = 127
@@ -61,4 +65,19 @@ def products_saturate() -> bool:
     """Whether ``torch._int_mm`` does; without VNNI torch has a loop of its own, which does not."""
     codes = torch.full((_WIDTH, _WIDTH), _CODE, dtype=torch.uint8)
     weight = torch.full((_WIDTH, _WIDTH), _WEIGHT, dtype=torch.int8)
-    return not bool((torch._int_mm(codes, weight) == _CODE * _WEIGHT * _WIDTH).all())
+    return not bool((integer_product(codes, weight) == _CODE * _WEIGHT * _WIDTH).all())
+
+
+def integer_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The exact product of two matrices of codes, int32 ``[rows, columns]``.
+
+    Args:
+        a: uint8 or int8 ``[rows, inner]``, on a processor.
+        b: int8 ``[inner, columns]``.
+        out: where to write it.
+    """
+    if a.dtype == torch.int8 or TAKES_UNSIGNED:
+        return torch._int_mm(a, b, out=out)
+    # Codes are 128 less, and the sums of columns 128 times more.
+    made = torch._int_mm((a ^ 128).view(torch.int8), b, out=out)
+    return made.add_(b.sum(0, dtype=torch.int32), alpha=128)

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.backends import x86_pairs
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_conv_plan import Geometry
 from fxquant.backends.x86_layers import PostOp, X86Conv, X86Linear
 from fxquant.backends.x86_matmul import ProductCodes
-from fxquant.backends.x86_pairs import layers_saturate, products_saturate
+from fxquant.backends.x86_pairs import integer_product, layers_saturate, products_saturate
 from fxquant.backends.x86_pointwise import X86Pointwise
 from fxquant.backends.x86_transposed import TransposedGeometry, X86ConvTranspose
 from fxquant.numerics.integer import pair_saturates
@@ -182,6 +183,7 @@ import warnings
 
 import torch
 from torch import nn
+from fxquant.backends import x86_pairs
 from fxquant.backends.x86 import X86
 from fxquant.errors import SpeedWarning
 from fxquant.numerics.integer import pair_saturates
@@ -225,3 +227,32 @@ def test_a_machine_without_vnni_gets_weights_that_it_can_multiply() -> None:
 
 def test_the_answer_does_not_change() -> None:
     assert layers_saturate() is layers_saturate() is X86().saturates_pairs
+
+
+def test_a_torch_whose_product_takes_signed_codes_only_multiplies_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    product, seen = torch._int_mm, []
+
+    def signed_only(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if a.dtype != torch.int8:
+            raise RuntimeError("int_mm_out_cpu: Expected self dtype to be of type int8")
+        seen.append(a)
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "_int_mm", signed_only)
+    monkeypatch.setattr(x86_pairs, "TAKES_UNSIGNED", False)
+    products_saturate.cache_clear()
+    torch.manual_seed(0)
+    b = torch.randint(-128, 128, (70, 5), dtype=torch.int8)
+    for low, dtype in ((0, torch.uint8), (-128, torch.int8)):
+        a = torch.randint(low, low + 256, (9, 70)).to(dtype)
+        a[0], a[1] = low, low + 255
+        exact = (a.long() @ b.long()).to(torch.int32)
+        assert torch.equal(integer_product(a, b), exact)
+        out = torch.empty(9, 5, dtype=torch.int32)
+        assert torch.equal(integer_product(a, b, out), exact)
+        assert torch.equal(out, exact)
+    assert len(seen) == 4
+    assert products_saturate() in (True, False)
+    products_saturate.cache_clear()
