@@ -198,3 +198,26 @@ def test_what_the_kernel_does_not_take_runs_as_the_reference(
         model, mode="weight_only", qconfig=CONFIGS["groups of 32"], backend="reference"
     )
     assert torch.equal(q(x), truth(x))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [3, FEW_ROWS + 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_of_codes_do_not_pass_what_float16_holds(
+    native: bool, rows: int, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(x86_weight_only, "_multiplies_bfloat16", lambda _: native)
+    torch.manual_seed(0)
+    # 4096 codes of 60 and more, each times 20: far more than 65504.
+    layer = nn.Linear(4096, 32)
+    model = nn.Sequential(layer)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.0).mul_(0.01)
+    made = fxquant.quantize(model.eval(), mode="weight_only", backend="x86")
+    stored = next(module for module in made.modules() if isinstance(module, StoredLinear))
+    x = torch.full((rows, 4096), 20.0, dtype=torch.float32 if autocast else torch.float16)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        found = stored(x)
+    assert found.dtype == x.dtype
+    # Eight bits of weights, and of rows.
+    torch.testing.assert_close(found.float(), model(x.float()), rtol=2e-2, atol=0.0)
