@@ -3,6 +3,9 @@
     linear(quantize_at_run_time(x), dequantize_weight(w), b)    ->   CudaDynamicLinear(x)
     linear(x, dequantize_stored(codes, scale), b)               ->   StoredLinear(x)
 
+What stands around the product is fused, see :mod:`fxquant.backends.cuda_rows`; where that cannot
+be, and in models that are compiled, which fuse it themselves, it is plain torch.
+
 Everything else runs as the Q/DQ graph stands, in float on the same device.
 """
 
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.backends.base import MEASURED, Costs
+from fxquant.backends.cuda_rows import kernels_fail, real_sums, signed_rows
 from fxquant.backends.layer_parts import tensors_of, weight_of
 from fxquant.backends.x86_dynamic_rules import at_run_time, call_layer, spec_of
 from fxquant.backends.x86_weight_only import WEIGHT_ONLY_RULES
@@ -33,6 +37,7 @@ _LEAST_ROWS: Final = 17
 """``torch._int_mm`` takes more than 16 rows on CUDA."""
 _MULTIPLE: Final = 8
 """And sizes of the other two dimensions that are multiples of 8, none of them 0."""
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -101,22 +106,49 @@ class CudaDynamicLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., inputs]`` in any floating dtype to float32 ``[..., outputs]``."""
         outputs, inputs = self.weight.shape
-        rows = x.reshape(math.prod(x.shape[:-1]), inputs)
-        codes, scale, zero_point = byte_rows(rows, self.spec)
-        signed = (codes ^ 128).view(torch.int8)
-        made = self._product(signed).sub_((zero_point.to(torch.int32) - 128) * self.sums)
-        # As the reference: an exact sum, rounded to float32, then the two scales.
-        real = made.to(torch.float32).mul_(scale).mul_(self.weight_scale)
-        real = real if self.bias is None else real.add_(self.bias)
+        rows = x.detach().reshape(math.prod(x.shape[:-1]), inputs)
+        real = self._fused(rows) if self._fuses(rows) else self._plain(rows)
         return real.view(*x.shape[:-1], outputs)
 
+    def _fuses(self, rows: Tensor) -> bool:
+        return (
+            rows.is_cuda
+            and type(rows) is Tensor
+            and rows.dtype in _FLOATS
+            and rows.numel() > 0
+            and not torch.compiler.is_compiling()
+            # A kernel of torch.cuda.jiterator is launched where the process is.
+            and rows.device.index == torch.cuda.current_device()
+            and kernels_fail(rows.device, self.spec) is None
+        )
+
+    def _fused(self, rows: Tensor) -> Tensor:
+        """In five launches. Zeros widen no range, and so may be added before it is known."""
+        signed, scale, zero_point = signed_rows(self._filled(rows), self.spec)
+        count = len(rows)
+        acc = self._product(signed)[:count]
+        steps = (scale[:count], zero_point[:count])
+        return real_sums(acc, *steps, self.sums, self.weight_scale, self.bias)
+
+    def _plain(self, rows: Tensor) -> Tensor:
+        codes, scale, zero_point = byte_rows(rows, self.spec)
+        signed = self._filled((codes ^ 128).view(torch.int8))
+        made = self._product(signed)[: len(rows)]
+        made.sub_((zero_point.to(torch.int32) - 128) * self.sums)
+        # As the reference: an exact sum, rounded to float32, then the two scales.
+        real = made.to(torch.float32).mul_(scale).mul_(self.weight_scale)
+        return real if self.bias is None else real.add_(self.bias)
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """With zeros, as large as the kernel wants it."""
+        wanted = self.weight if self.filled is None else self.filled
+        wide, more = wanted.shape[1] - rows.shape[1], max(0, _LEAST_ROWS - len(rows))
+        return F.pad(rows, (0, wide, 0, more)) if wide or more else rows.contiguous()
+
     def _product(self, codes: Tensor) -> Tensor:
-        """Exact int32 sums; zeros fill up what the kernel wants to be larger."""
-        count, outputs = len(codes), len(self.weight)
+        """Exact int32 sums."""
         weight = self.weight if self.filled is None else self.filled
-        wide, rows = weight.shape[1] - codes.shape[1], max(0, _LEAST_ROWS - count)
-        codes = F.pad(codes, (0, wide, 0, rows)) if wide or rows else codes
-        return torch._int_mm(codes.contiguous(), weight.t())[:count, :outputs]
+        return torch._int_mm(codes, weight.t())[:, : len(self.weight)]
 
     def extra_repr(self) -> str:
         """Shape and what is quantized, for ``print(model)``."""

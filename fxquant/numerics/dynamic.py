@@ -224,9 +224,9 @@ def _float_qparams(x: Tensor, spec: QSpec, dims: int) -> tuple[Tensor, Tensor]:
         middle = 1 << (spec.bits - 1) if spec.dtype == "uint8" else 0
         # The shorter side sets the scale, so that neither end of the range is clipped.
         side = min(middle - spec.quant_min, spec.quant_max - middle)
-        scale = torch.maximum(low.neg_(), high).div_(side)
+        scale = torch.maximum(low.neg_(), high).div_(_divisor(side, x))
     else:
-        steps = spec.quant_max - spec.quant_min
+        steps = _divisor(spec.quant_max - spec.quant_min, x)
         low.clamp_(max=0.0)
         # Not (high - low) / steps, which overflows where a row spans more than float32 does.
         scale = high.clamp_(min=0.0).div_(steps).sub_(low / steps)
@@ -238,6 +238,11 @@ def _float_qparams(x: Tensor, spec: QSpec, dims: int) -> tuple[Tensor, Tensor]:
     if spec.quant_min:
         zero_point.add_(spec.quant_min)
     return scale, zero_point.nan_to_num_(nan=spec.quant_min)
+
+
+def _divisor(number: int, x: Tensor) -> int | Tensor:
+    """CUDA turns division by a Python number into multiplication by its rounded reciprocal."""
+    return number if x.is_cpu else torch.full((), float(number), device=x.device)
 
 
 def _ends(x: Tensor, spec: QSpec, dims: int) -> tuple[Tensor, Tensor]:

@@ -213,5 +213,7 @@ def test_on_a_gpu(mode: str) -> None:
     model, ids = Net().eval().cuda(), torch.randint(0, 11, (3, 4), device="cuda")
     made = fxquant.quantize(model, mode=mode, example_inputs=ids)  # type: ignore[arg-type]  # a Mode
     truth = fxquant.quantize(model, mode=mode, backend="reference", example_inputs=ids)  # type: ignore[arg-type]  # a Mode
-    torch.testing.assert_close(made(ids), truth(ids), rtol=1e-4, atol=1e-4)
+    # Rows are rounded to bfloat16 before a stored weight: 2**-9 of each of what is summed.
+    limit = 1e-4 if mode == "dynamic" else 1e-2
+    torch.testing.assert_close(made(ids), truth(ids), rtol=1e-4, atol=limit)
     assert "cuda" in fxquant.report(made).summary
