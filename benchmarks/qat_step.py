@@ -34,9 +34,11 @@ def stepper(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], No
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Seconds of one step."""
+    """Seconds of one step, until what it queued on a GPU is done."""
     start = time.perf_counter()
     step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -46,12 +48,13 @@ def main() -> None:
     args_parser.add_argument("--batch", type=int, default=32)
     args_parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     args_parser.add_argument("--rounds", type=int, default=5)
+    args_parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = args_parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    images = torch.randn(args.batch, 3, args.size, args.size)
-    labels = torch.randint(0, 10, (args.batch,))
-    model = resnet18().train()
+    images = torch.randn(args.batch, 3, args.size, args.size).to(args.device)
+    labels = torch.randint(0, 10, (args.batch,)).to(args.device)
+    model = resnet18().train().to(args.device)
     models = {
         "float": copy.deepcopy(model),
         "fxquant": fxquant.prepare(model, mode="qat", example_inputs=(images[:1],)),
@@ -62,7 +65,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the deprecation of what the peer is made of
         for step in steps.values():
-            step()
+            timed(step)
         for place in range(args.rounds):
             names = list(steps)
             for name in names[place % 3 :] + names[: place % 3]:
@@ -72,7 +75,8 @@ def main() -> None:
         + [spread(ratios(values, seconds[base])) for base in ("float", "torch FX")]
         for name, values in seconds.items()
     ]
-    print(", ".join(machine().values()))
+    where = torch.cuda.get_device_name() if images.is_cuda else machine()["cpu"]
+    print(", ".join((where, *list(machine().values())[1:])))
     title = f"One step, ResNet-18, batch {args.batch}, {args.size}x{args.size}"
     show(title, ["model", "ms", "to float", "to torch FX"], rows)
     finish(args.json, {"batch": args.batch, "size": args.size, "seconds": seconds})

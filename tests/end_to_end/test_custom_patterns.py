@@ -18,7 +18,8 @@ from fxquant.graph.kernel_unit import KernelUnit
 from fxquant.numerics.observer import Observer
 from tests.helpers import One, close_share, trained
 
-BACKENDS = [b.name for b in fxquant.backends() if b.available]
+BACKENDS = [b.name for b in fxquant.backends() if b.available and b.name != "cuda"]
+"""Those with static int8: on a GPU that is the reference."""
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
