@@ -29,7 +29,7 @@ class _Planned(_Conv):
     """A convolution of 16 bits that is given to the kernel as it gets it right."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry = geometry_of(self)
+        geometry = walk_of(self)
         if geometry is None or input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
         plan = plan_of(tuple(weight.shape), geometry, 0, size=_BYTES)
@@ -62,7 +62,7 @@ for _rank, _made in enumerate(_PLANNED.values(), start=1):
     register_module(f"conv{_rank}d", _made)
 
 
-def geometry_of(conv: Any) -> Geometry | None:
+def walk_of(conv: Any) -> Geometry | None:
     """How a layer of torch's walks; ``None`` if its sides are padded unequally, or not with 0."""
     if conv.padding_mode != "zeros":
         return None
@@ -81,7 +81,7 @@ def planned(conv: nn.Module) -> nn.Module:
     Args:
         conv: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
     """
-    weight, geometry = conv.get_parameter("weight"), geometry_of(conv)
+    weight, geometry = conv.get_parameter("weight"), walk_of(conv)
     if weight.dtype != torch.bfloat16 or geometry is None:
         return conv
     if plan_of(tuple(weight.shape), geometry, 0, size=_BYTES, tiles=True).plain:

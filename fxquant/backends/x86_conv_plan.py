@@ -12,8 +12,7 @@ float64, and has a form that is right:
   sums another length.
 - *Zero points.* What a zero point other than 0 adds is wrong in groups, and at the borders of
   dilated kernels and of those one column wide; at borders as wide as the kernel it is wrong without
-  AMX, too.
-  Where the layer writes the padding itself,
+  AMX, too. Where the layer writes the padding itself,
 
       sum(w * (q - z)) = sum(w * q) - z * sum(w)
 
@@ -30,6 +29,7 @@ float64, and has a form that is right:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -138,9 +138,31 @@ class Plan:
         """Whether ``codes``, padded, give one column that the kernel gets wrong."""
         return codes.shape[-1] <= self.narrow
 
+    def run(self, kernel: Callable[..., Tensor], codes: Tensor, *rest: Any) -> Tensor:
+        """One kernel call, with codes that the kernel gets right.
+
+        Args:
+            kernel: of a picture or a volume.
+            codes: ``[batch, inputs, ...]``.
+            rest: what else the kernel is given.
+        """
+        if self.plain:
+            return kernel(codes, *rest)
+        codes = self.codes(codes)
+        if not self.is_narrow(codes):
+            return kernel(codes, *rest)
+        return first_column(kernel(self.widened(codes), *rest))
+
     def widened(self, codes: Tensor) -> Tensor:
         """Codes that give two columns, of which the first is the one that ``codes`` give."""
         return F.pad(codes, (0, self.geometry.stride[-1]), value=self.reads)
+
+
+def first_column(result: Tensor) -> Tensor:
+    """The first column of a result ``[batch, channels, ..., 2]``, channels last in memory."""
+    flat = result.dim() == 2 + _FLAT
+    last = torch.channels_last if flat else torch.channels_last_3d
+    return result[..., :1].contiguous(memory_format=last)
 
 
 def plan_of(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86_conv_plan import Geometry, plan_of
-from fxquant.backends.x86_layers import PostOp, X86Layer, first_column
+from fxquant.backends.x86_layers import PostOp, X86Layer
 from fxquant.backends.x86_row_codes import RowCodes
 from fxquant.graph.info import QType
 from fxquant.numerics.dynamic import byte_rows
@@ -139,19 +139,11 @@ class X86DynamicConv(X86Layer):
         if x.numel() == 0:
             return self._nothing(x)
         codes, scale, zero_point = byte_rows(x, self.spec, rank + 1)
-        made = self._made(self._padded(codes, zero_point))
+        made = self.plan.run(self._kernel, self._padded(codes, zero_point), *self._call)
         rest = -(scale * zero_point) * self._head[0]
         if self.bias is not None:
             rest = rest + self.bias.view(-1, *(1,) * rank)
         return torch.addcmul(rest, made, scale, out=made)
-
-    def _made(self, codes: Tensor) -> Tensor:
-        """One kernel call, with codes that it gets right."""
-        codes = self.plan.codes(codes)
-        if self.plan.is_narrow(codes):
-            return first_column(self._kernel(self.plan.widened(codes), *self._call))
-        made: Tensor = self._kernel(codes, *self._call)
-        return made
 
     def _padded(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         if not any(self.geometry.padding):

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.backends.x86_conv_plan import Geometry, Plan, plan_of
+from fxquant.backends.x86_conv_plan import Geometry, Plan, first_column, plan_of
 from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, unpacks_exactly
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
-_PICTURE: Final = 4
 _PACKED: Final = ("_call", "_head", "_kernel", "packed", "plan")
 """Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
@@ -240,15 +239,8 @@ class X86Conv(X86Layer):
             return self.forward(codes.unsqueeze(0)).squeeze(0)
         if codes.numel() == 0:
             return self._nothing(codes)
-        result = self._kernel(codes, *self._call) if self.plan.plain else self._careful(codes)
+        result = self.plan.run(self._kernel, codes, *self._call)
         return result if self.floor is None else result.clamp_(min=self.floor)
-
-    def _careful(self, codes: Tensor) -> Tensor:
-        """One kernel call for codes that the kernel would not get right as they are."""
-        codes = self.plan.codes(codes)
-        if not self.plan.is_narrow(codes):
-            return self._kernel(codes, *self._call)
-        return first_column(self._kernel(self.plan.widened(codes), *self._call))
 
 
 class X86ConvSum(X86Conv):
@@ -278,12 +270,6 @@ class X86ConvSum(X86Conv):
         total = other.contiguous(memory_format=torch.channels_last)
         result = self._kernel(codes, *self._head, total, *self._call)
         return first_column(result) if narrow else result
-
-
-def first_column(result: Tensor) -> Tensor:
-    """The first column of a result ``[batch, channels, ..., 2]``, channels last in memory."""
-    last = torch.channels_last if result.dim() == _PICTURE else torch.channels_last_3d
-    return result[..., :1].contiguous(memory_format=last)
 
 
 class X86Linear(X86Layer):

@@ -35,6 +35,7 @@ from fxquant.backends.x86_real import (
 from fxquant.backends.x86_reduce import AVERAGES, AverageCodes
 from fxquant.graph.edit import Editor
 from fxquant.graph.flow import moves_codes
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, is_op, module_of, op_of
 from fxquant.graph.view import flat_nodes, tensor_sources
@@ -182,10 +183,8 @@ def _constant_of(match: Match) -> tuple[Tensor, QType, Node, bool] | None:
         (codes, qtype), (held, other) = operands[place], operands[1 - place]
         if qtype is None or other is not None or held.op != "get_attr":
             continue
-        parent, _, leaf = str(held.target).rpartition(".")
-        owner = node.graph.owning_module
-        tensor = getattr(owner.get_submodule(parent), leaf) if owner is not None else None
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        tensor = held_tensor(held)
+        if tensor is not None and tensor.is_floating_point():
             return tensor.detach(), qtype, codes, place == 0
     return None
 

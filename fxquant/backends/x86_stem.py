@@ -62,7 +62,7 @@ class X86Stem(X86Conv):
         if x.numel() == 0:
             return self._nothing(quantize(x, *limits, reads.dtype))
         codes = quantize_pixels(x, *limits, self.geometry.padding)
-        return self._kernel(codes, *self._call) if self.plan.plain else self._careful(codes)
+        return self.plan.run(self._kernel, codes, *self._call)
 
 
 def can_read_floats(weight: Tensor, geometry: Geometry) -> bool:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Node
 
 from fxquant.custom.parameters import Parameter
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.view import what
 from fxquant.patterns.match import Match
-
-
-def held_tensor(node: Node) -> Tensor | None:
-    """The parameter or buffer that a ``get_attr`` node reads."""
-    owner = node.graph.owning_module
-    if node.op != "get_attr" or owner is None:
-        return None
-    parent, _, leaf = str(node.target).rpartition(".")
-    found = getattr(owner.get_submodule(parent), leaf, None)
-    return found if isinstance(found, Tensor) else None
 
 
 def bound_values(match: Match, parameters: tuple[Parameter, ...]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
-from fxquant.custom.bound import held_tensor
 from fxquant.errors import PatternError
 from fxquant.graph.edit import Editor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of
 from fxquant.patterns.match import Match

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxquant.custom.bound import held_tensor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.op_table import module_of
 from fxquant.patterns.match import Match
 

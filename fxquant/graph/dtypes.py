@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch.fx import Node
 
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, op_of
 from fxquant.graph.ops import Kind
@@ -65,7 +66,7 @@ def _stays(device: Any) -> bool:
 def _makes_float32(node: Node) -> bool | None:
     """``None`` if it makes what it reads."""
     if node.op == "get_attr":
-        return _is_real(_held(node))
+        return _is_real(held_tensor(node))
     op = op_of(node)
     if op is None:
         return False
@@ -79,10 +80,3 @@ def _makes_float32(node: Node) -> bool | None:
 
 def _is_real(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
-
-
-def _held(node: Node) -> Any:
-    owner: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part, None)
-    return owner

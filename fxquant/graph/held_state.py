@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 
 
@@ -23,9 +24,8 @@ def held_state(model: nn.Module) -> tuple[Tensor, ...]:
         if not isinstance(module, GraphModule):
             continue
         for node in module.graph.nodes:
-            if node.op == "get_attr" and info(node).pinned:
-                parent, _, leaf = str(node.target).rpartition(".")
-                tensor = getattr(module.get_submodule(parent), leaf)
+            tensor = held_tensor(node) if info(node).pinned else None
+            if tensor is not None:
                 found[id(tensor)] = tensor
     return tuple(found.values())
 

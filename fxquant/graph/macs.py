@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, function_spelling, module_of, op_of
 from fxquant.graph.ops import Kind, Op
@@ -191,9 +191,7 @@ def _attention(module: nn.MultiheadAttention, shapes: list[Shape]) -> int | None
 def _shape(value: Any, shape_of: ShapeOf) -> Shape | None:
     if not isinstance(value, Node):
         return None
-    if value.op == "get_attr" and value.graph.owning_module is not None:
-        found: Any = value.graph.owning_module
-        for part in str(value.target).split("."):
-            found = getattr(found, part, None)
-        return tuple(found.shape) if isinstance(found, torch.Tensor) else None
+    if value.op == "get_attr":
+        found = held_tensor(value)
+        return None if found is None else tuple(found.shape)
     return shape_of(value)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-import torch
 from torch.fx import Graph, Node
 
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info, write_info
 from fxquant.graph.op_table import argument, op_of
 from fxquant.graph.ops import Kind
@@ -85,10 +85,8 @@ def _rank(node: Node) -> int | None:
 
 
 def _constant_rank(node: Node) -> int | None:
-    found: object = node.graph.owning_module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found.dim() if isinstance(found, torch.Tensor) else None
+    found = held_tensor(node)
+    return None if found is None else found.dim()
 
 
 def _common(parts: tuple[object, ...] | list[object]) -> int | None:

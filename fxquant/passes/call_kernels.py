@@ -21,6 +21,7 @@ from fxquant.errors import PatternError
 from fxquant.graph.edit import Editor
 from fxquant.graph.extract import extract
 from fxquant.graph.flow import wanted_int8
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import CustomUnit, QType, info
 from fxquant.graph.kernel_unit import IntegerLayer, KernelUnit
 from fxquant.graph.op_table import (
@@ -249,12 +250,8 @@ def _layer(node: Node) -> Any:
 
 
 def _constant(node: Node) -> Tensor | None:
-    owner = node.graph.owning_module
-    if node.op != "get_attr" or owner is None:
-        return None
-    parent, _, leaf = str(node.target).rpartition(".")
-    found = getattr(owner.get_submodule(parent), leaf)
-    return found.detach() if isinstance(found, Tensor) else None
+    found = held_tensor(node)
+    return None if found is None else found.detach()
 
 
 def _type(source: Node) -> QType | None:

@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import function_spelling, module_of
 from fxquant.graph.rehearsal import rehearse
@@ -39,8 +40,8 @@ class FoldConstants(Pass):
         values: dict[Node, Any] = {}
         for node in editor.graph.nodes:
             if node.op == "get_attr":
-                held = _held(editor, node)
-                if isinstance(held, Tensor) and not held.is_meta and not info(node).pinned:
+                held = held_tensor(node)
+                if held is not None and not held.is_meta and not info(node).pinned:
                     values[node] = held
             elif _foldable(node, values) and rehearse(node, values):
                 values[node] = _evaluate(node, values)
@@ -76,13 +77,6 @@ def _erase_unread(editor: Editor, nodes: list[Node]) -> None:
         more = dict.fromkeys(flat_nodes((node.args, dict(node.kwargs))))
         editor.erase(node)
         todo.extend(source for source in more if source not in todo)
-
-
-def _held(editor: Editor, node: Node) -> Any:
-    found: Any = editor.module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found
 
 
 _PURE_MODULES: Final = ("torch", "_operator", "math", "builtins", "fxquant.graph")

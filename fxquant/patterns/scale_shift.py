@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from fxquant.graph.copies import share_parameters
 from fxquant.graph.edit import Editor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of
 from fxquant.patterns.expr import OpExpr, Var, op, var
@@ -35,20 +35,14 @@ from fxquant.patterns.rule import Rule
 _LAYERS: Final = (*CONVS, *TRANSPOSED, *LINEAR)
 
 
-def held_tensor(node: Any) -> Tensor | None:
-    """The tensor of the model's own that ``node`` reads, if it is such a node."""
-    if not isinstance(node, Node) or node.op != "get_attr" or info(node).pinned:
-        return None
-    owner = node.graph.owning_module
-    if owner is None:
-        return None
-    parent, _, leaf = str(node.target).rpartition(".")
-    found = getattr(owner.get_submodule(parent), leaf, None)
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+def _held(node: Any) -> Tensor | None:
+    """The numbers of the model's own that ``node`` reads and nothing changes."""
+    found = held_tensor(node)
+    return None if found is None or not found.is_floating_point() or info(node).pinned else found
 
 
 def _is_held(value: Any) -> str | None:
-    return None if held_tensor(value) is not None else "the other operand is no tensor of the model"
+    return None if _held(value) is not None else "the other operand is no tensor of the model"
 
 
 def _of_layer(name: str, **options: Any) -> OpExpr:
@@ -58,7 +52,7 @@ def _of_layer(name: str, **options: Any) -> OpExpr:
 
 def per_channel(match: Match) -> Reject | None:
     """The tensor must have one value, or one per output channel of the layer."""
-    layer, held = match.node("layer"), held_tensor(match.bound["held"])
+    layer, held = match.node("layer"), _held(match.bound["held"])
     if layer.op != "call_module":
         return Reject("the weight of the layer is computed", layer)
     module = module_of(layer)
@@ -129,13 +123,13 @@ def _put(match: Match, editor: Editor, twin: nn.Module, rule: str) -> None:
 
 
 def _scale(match: Match, editor: Editor) -> None:
-    held = held_tensor(match.bound["held"])
+    held = _held(match.bound["held"])
     factor = None if held is None else _values(held, module_of(match.node("layer")))
     _put(match, editor, _changed(match, factor, None), "fold-scale")
 
 
 def _shift(match: Match, editor: Editor) -> None:
-    held = held_tensor(match.bound["held"])
+    held = _held(match.bound["held"])
     term = None if held is None else _values(held, module_of(match.node("layer")))
     _put(match, editor, _changed(match, None, term), "fold-shift")
 

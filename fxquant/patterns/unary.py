@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from fxquant.graph.chain import Earlier, Step, UnaryChain
 from fxquant.graph.edit import Editor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import module_of, op_named, op_names, op_of
 from fxquant.graph.ops import Kind
@@ -93,12 +94,8 @@ def _tensors(node: Node) -> list[Node]:
 
 def constant_number(node: Node) -> float | None:
     """The value of a parameter or buffer that is a single number, or ``None``."""
-    owner = node.graph.owning_module
-    if node.op != "get_attr" or owner is None:
-        return None
-    parent, _, leaf = str(node.target).rpartition(".")
-    held = getattr(owner.get_submodule(parent), leaf, None)
-    if not isinstance(held, Tensor) or held.is_meta or held.numel() != 1 or held.dim() > 1:
+    held = held_tensor(node)
+    if held is None or held.is_meta or held.numel() != 1 or held.dim() > 1:
         return None
     return float(held.detach()) if held.is_floating_point() else None
 

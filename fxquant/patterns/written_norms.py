@@ -5,12 +5,13 @@ self.weight * (x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps))   ->   RMSNorm(x
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.edit import Editor
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import argument, op_of
 from fxquant.patterns.expr import OpExpr, op, var
@@ -41,7 +42,7 @@ def _power() -> OpExpr:
 
 def weight_fits(match: Match) -> Reject | None:
     """The factor must be one of the model's own tensors with one dimension, ``eps`` a number."""
-    weight = _held(match)
+    weight = held_tensor(match.bound["w"])
     if weight is None or weight.dim() != 1 or not weight.is_floating_point():
         return Reject("its factor is no vector of the model's own", match.root)
     if not isinstance(match.bound["eps"], int | float):
@@ -52,18 +53,8 @@ def weight_fits(match: Match) -> Reject | None:
     return None
 
 
-def _held(match: Match) -> Tensor | None:
-    node: Any = match.bound["w"]
-    owner = match.root.graph.owning_module
-    if not isinstance(node, Node) or node.op != "get_attr" or owner is None:
-        return None
-    parent, _, leaf = str(node.target).rpartition(".")
-    held = getattr(owner.get_submodule(parent), leaf, None)
-    return held if isinstance(held, Tensor) else None
-
-
 def _adopt(match: Match, editor: Editor) -> None:
-    weight, source = _held(match), match.bound["x"]
+    weight, source = held_tensor(match.bound["w"]), match.bound["x"]
     if weight is None or not isinstance(source, Node):
         return
     norm = nn.RMSNorm(weight.shape[0], eps=float(match.bound["eps"]), device="meta")

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from fxquant.graph.flow import wanted
 from fxquant.graph.guards import is_plumbing
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import Decision, QType, info
 from fxquant.graph.integer_modules import IntegerEmbedding, IntegerEmbeddingBag
 from fxquant.graph.kernel_unit import KernelUnit
@@ -174,9 +175,7 @@ def _weight(head: Node) -> tuple[str, int]:
             continue
         codes, scale, axis = source.args
         if isinstance(codes, Node) and isinstance(scale, Node):
-            owner = codes.graph.owning_module
-            path, _, leaf = str(codes.target).rpartition(".")
-            tensor = getattr(owner.get_submodule(path), leaf) if owner is not None else None
+            tensor = held_tensor(codes)
             count = math.prod(tensor.shape) if tensor is not None else 0
             kind = "per tensor" if axis is None else f"per channel {axis}"
             return f"int8 {kind}", count

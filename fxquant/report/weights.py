@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
 from fxquant.graph.op_table import DEQUANTIZE_WEIGHT, is_op, module_of
 from fxquant.numerics.agreement import weight_sqnr
@@ -70,8 +71,7 @@ def _float_weights(node: Node, module: GraphModule) -> Iterator[Tensor]:
         return
     for source in node.all_input_nodes:
         if source.op == "get_attr":
-            path, _, leaf = str(source.target).rpartition(".")
-            held = getattr(module.get_submodule(path), leaf)
+            held = held_tensor(source)
             if isinstance(held, nn.Parameter) and held.dim() > 1:
                 yield held
 
@@ -82,8 +82,9 @@ def _stored_weights(node: Node) -> Iterator[Tensor]:
         # A loaded model passes some of them by name.
         given = dict(zip(("q", "scale", "axis"), node.args, strict=False)) | node.kwargs
         codes, scale, axis = given["q"], given["scale"], given["axis"]
-        if isinstance(codes, Node) and isinstance(scale, Node):
-            yield _scaled(_held(codes), _held(scale), axis if isinstance(axis, int) else 0)
+        q, steps = held_tensor(codes), held_tensor(scale)
+        if q is not None and steps is not None:
+            yield _scaled(q, steps, axis if isinstance(axis, int) else 0)
         return
     if node.op != "call_module":
         return
@@ -101,14 +102,6 @@ def _stored_weights(node: Node) -> Iterator[Tensor]:
         yield weight
     elif isinstance(scale, Tensor):
         yield _scaled(weight, scale, 0)
-
-
-def _held(node: Node) -> Tensor:
-    owner = node.graph.owning_module
-    assert owner is not None
-    path, _, leaf = str(node.target).rpartition(".")
-    found: Tensor = getattr(owner.get_submodule(path), leaf)
-    return found
 
 
 def _scaled(codes: Tensor, scale: Tensor, axis: int) -> Tensor:

@@ -1,0 +1,28 @@
+"""Tensors that a model holds and its graph reads: parameters, buffers, constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+
+def held_tensor(node: object) -> Tensor | None:
+    """The tensor that a ``get_attr`` reads; ``None`` if ``node`` is anything else.
+
+    Args:
+        node: an argument of a node.
+
+    Example:
+        >>> import torch
+        >>> module = torch.fx.symbolic_trace(torch.nn.ReLU())
+        >>> held_tensor(next(iter(module.graph.nodes))) is None
+        True
+    """
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    found: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, Tensor) else None
