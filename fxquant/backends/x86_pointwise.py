@@ -24,7 +24,7 @@ class X86Pointwise(X86Linear):
 
     def forward(self, codes: Tensor) -> Tensor:
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
-        batched = codes.dim() == _BATCHED
+        batched = int(codes.dim() == _BATCHED)
         # No copy for channels_last codes; the kernel makes one for others.
         pixels = codes.permute(_LAST[batched])
         result: Tensor = (
@@ -38,6 +38,6 @@ class X86PointwiseSum(X86LinearSum):
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``codes`` uint8 ``[batch, channels, height, width]``."""
-        batched = codes.dim() == _BATCHED
+        batched = int(codes.dim() == _BATCHED)
         pixels, total = codes.permute(_LAST[batched]), other.permute(_LAST[batched])
         return super().forward(pixels, total).permute(_FIRST[batched])

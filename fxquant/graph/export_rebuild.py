@@ -287,9 +287,8 @@ def _is_graph(value: Any, values: dict[fx.Node, Any]) -> bool:
 
 def _is_plain_container(value: Any) -> bool:
     """Whether a graph can hold the container itself."""
-    if isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_fields")):
-        return all(_is_plain_container(item) for item in value)
-    if type(value) is list:
+    # Not named tuples: the code of torch 2.10 does not know their class where it returns them.
+    if type(value) in (tuple, list):
         return all(_is_plain_container(item) for item in value)
     if type(value) is dict:
         return all(_is_plain_container(item) for item in value.values())
