@@ -32,7 +32,8 @@ class Counterpart:
 def last_origins(groups: Collection[tuple[str, ...]], captured: Graph) -> list[Node | None]:
     """For each group of origins the captured node that makes its result.
 
-    A result is claimed once, by the last group that has it; the others get ``None``.
+    A result is claimed once, by the last group that has it; the others get ``None``: a part of
+    one captured op, such as the padding that was split off a convolution, makes no result of it.
 
     Args:
         groups: origins of ops, in graph order.
@@ -44,16 +45,13 @@ def last_origins(groups: Collection[tuple[str, ...]], captured: Graph) -> list[N
         place[node] = index
         for origin in info(node).origins:
             made[origin] = node
+    owner = {made[origin]: index for index, origins in enumerate(groups)
+             for origin in origins if origin in made}  # fmt: skip
     found: list[Node | None] = []
-    claimed: dict[Node, int] = {}
     for index, origins in enumerate(groups):
         nodes = [made[origin] for origin in origins if origin in made]
         last = max(nodes, key=place.__getitem__, default=None)
-        if last is not None and last in claimed:
-            found[claimed[last]] = None
-        if last is not None:
-            claimed[last] = index
-        found.append(last)
+        found.append(last if last is None or owner[last] == index else None)
     return found
 
 

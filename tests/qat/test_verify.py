@@ -183,3 +183,17 @@ def test_a_number_that_scales_a_float_result_is_rounded_once_in_training_too() -
     assert len([m for m in prepared.modules() if isinstance(m, FakeQuantize)]) == 1
     found = fxquant.verify(prepared, fxquant.convert(prepared), [x])
     assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_that_is_split_off_a_convolution_makes_no_result(backend: str) -> None:
+    """Both are of one captured op: the result of that is the convolution's."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+    model, data = nn.Sequential(layer, nn.ReLU()), torch.randn(2, 3, 8, 8)
+    prepared = fxquant.prepare(model, mode="qat", example_inputs=(data,))
+    trained(prepared, lambda *_: data)
+    made = fxquant.verify(prepared, fxquant.convert(prepared, backend=backend), [data])
+    assert made.ok and not any(row.why for row in made)
+    found = [(row.op, row.values) for row in made]
+    assert found == [("quantize", data.numel()), ("conv2d+relu", 2 * 8 * 8 * 8)]
