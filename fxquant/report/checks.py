@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.backends.x86_pairs import has_bfloat16
 from fxquant.errors import LoweringError, SpeedWarning, warn_user
 from fxquant.record import OpRecord, Record
 from fxquant.report.ops import coverage, runs_in
 from fxquant.report.speed import compare_speed
-
-_NATIVE: Final = ("avx512_bf16", "amx_tile")
 
 
 def size_in_bytes(module: nn.Module) -> int:
@@ -88,8 +86,7 @@ def check_half(record: Record, module: nn.Module) -> None:
             "processors that have it",
             SpeedWarning,
         )
-    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in _NATIVE]
-    if "bfloat16" in runs and not any(probe is not None and probe() for probe in probes):
+    if "bfloat16" in runs and not has_bfloat16():
         warn_user(
             "this processor has no bfloat16 instructions (AVX512-BF16 or AMX): ops in bfloat16 "
             "work here and take half the memory, but for more than a few rows at once they are "
