@@ -20,6 +20,7 @@ from fxquant.calibration.example import refused_example
 from fxquant.errors import CalibrationError, CalibrationWarning, ConfigError, warn_user
 from fxquant.graph.both_modes import capture_both
 from fxquant.graph.capture import copied
+from fxquant.graph.held import device_of
 from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.graph.info import info, write_info
 from fxquant.graph.op_table import module_of, module_op, op_of
@@ -175,11 +176,10 @@ def _put_with(model: nn.Module, module: GraphModule) -> None:
 
     Those of a model on several devices move to what they see when they first see it.
     """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) == 1:
-        for each in module.modules():
-            if isinstance(each, FakeQuantizer):
-                each.to(devices.copy().pop())
+    device = device_of(model)
+    fakes = [each for each in module.modules() if isinstance(each, FakeQuantizer)]
+    for fake in fakes if device is not None else ():
+        fake.to(device)
 
 
 def start_from(trainee: GraphModule, calibrated: GraphModule) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fxquant.errors import SpeedWarning, warn_user
 from fxquant.numerics.dynamic import byte_rows
 from fxquant.numerics.qparams import SMALLEST_SCALE
 from fxquant.spec import QSpec
@@ -151,7 +152,8 @@ def real_sums(
 def kernels_fail(device: torch.device, spec: QSpec) -> str | None:
     """Why these kernels do not do on ``device`` what they are to; then eager torch has to.
 
-    The device is asked, as it is for its product: torch calls its compiler of kernels a beta.
+    The device is asked, as it is for its product: torch calls its compiler of kernels a beta. A
+    failure is said once, as it costs time.
 
     Args:
         device: where the layer is.
@@ -175,11 +177,22 @@ def kernels_fail(device: torch.device, spec: QSpec) -> str | None:
             *(real_sums(a, b, c, d, e, g) for g in (None, f)),
         )
     except (RuntimeError, AttributeError) as error:
-        return f"kernels of torch.cuda.jiterator fail: {str(error).splitlines()[0]}"
+        return _said(f"kernels of torch.cuda.jiterator fail: {str(error).splitlines()[0]}")
     # A row with a NaN or an infinity has no codes.
     rows = scale.isfinite().flatten() if scale.numel() > 1 else slice(None)
     same = torch.equal(found[0].cpu()[rows], wanted[0][rows]) and all(
         torch.equal(a.cpu().nan_to_num(0.5), b.nan_to_num(0.5))
         for a, b in zip(found[1:], wanted[1:], strict=True)
     )
-    return None if same else "kernels of torch.cuda.jiterator give other numbers than eager torch"
+    if same:
+        return None
+    return _said("kernels of torch.cuda.jiterator give other numbers than eager torch")
+
+
+def _said(why: str) -> str:
+    warn_user(
+        f"dynamic linears run in eager torch on this GPU, which takes about three times as long "
+        f"for few rows: {why}",
+        SpeedWarning,
+    )
+    return why

@@ -33,6 +33,7 @@ from fxquant.errors import (
     FxQuantError,
     warn_user,
 )
+from fxquant.graph.held import device_of
 from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import NonFiniteError, Observer
@@ -137,7 +138,7 @@ def _feed(
     total = length(batches)
     if total is not None and max_batches is not None:
         total = min(total, max_batches)
-    iterator, device = iter(batches), _device(model)
+    iterator, device = iter(batches), device_of(model)
     done, samples = 0, _Samples()
     while max_batches is None or done < max_batches:
         try:
@@ -262,12 +263,6 @@ def _observers(model: nn.Module) -> list[Observer]:
             "to become int8 (look at overrides and qconfig)"
         )
     return observers
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """The one device all parameters are on, if there is one."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
 
 
 def _nonfinite(error: NonFiniteError, index: int, in_batch: int | None) -> str:

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.fx import Node
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The one device that all parameters are on, if there is one.
+
+    Args:
+        model: constants of it may stay elsewhere.
+
+    Example:
+        >>> device_of(nn.Linear(2, 2))
+        device(type='cpu')
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def held_tensor(node: object) -> Tensor | None:
@@ -15,7 +30,6 @@ def held_tensor(node: object) -> Tensor | None:
         node: an argument of a node.
 
     Example:
-        >>> import torch
         >>> module = torch.fx.symbolic_trace(torch.nn.ReLU())
         >>> held_tensor(next(iter(module.graph.nodes))) is None
         True

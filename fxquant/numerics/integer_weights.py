@@ -60,7 +60,7 @@ def integer_weight(
             codes = quantize_weight(weight, qparams)
     # Codes take over the strides of what they stand for, and kernels pack memory as it lies: a
     # transposed weight would be packed untransposed.
-    return codes.contiguous(), qparams.scale.to(weight.device)
+    return codes.contiguous(), qparams.scale
 
 
 def trained_weight(

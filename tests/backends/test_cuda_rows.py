@@ -23,6 +23,7 @@ from torch import Tensor
 from fxquant.backends import cuda_rows
 from fxquant.backends.cuda import CudaDynamicLinear
 from fxquant.backends.cuda_rows import kernels_fail, signed_rows
+from fxquant.errors import SpeedWarning
 from fxquant.numerics.dynamic import byte_rows
 from fxquant.spec import ROWS, Dtype, Granularity, QSpec
 
@@ -152,7 +153,8 @@ def test_a_device_is_asked_before_it_is_trusted(
                 "_compiled",
                 lambda code, outputs=1: on_the_processor(code.replace(old, new), outputs),
             )
-            return kernels_fail(here, spec)
+            with pytest.warns(SpeedWarning, match="give other numbers"):
+                return kernels_fail(here, spec)
 
     for old, new in (
         ("* T(0)", "* T(0) + T(1e-3)"),  # the scale
@@ -179,7 +181,9 @@ def test_where_kernels_cannot_be_compiled_eager_torch_computes(
 
     monkeypatch.setattr(cuda_rows, "_compiled", refuse)
     kernels_fail.cache_clear()
-    assert kernels_fail(torch.device("cpu"), ROWS) == (
+    with pytest.warns(SpeedWarning, match="eager torch on this GPU"):
+        found = kernels_fail(torch.device("cpu"), ROWS)
+    assert found == (
         "kernels of torch.cuda.jiterator fail: nvrtc: error: failed to open libnvrtc-builtins.so"
     )
     kernels_fail.cache_clear()

@@ -170,6 +170,7 @@ def test_data_may_be_on_the_processor_and_may_be_made_up() -> None:
     model, data = pictures()
     there = model.to(DEVICE)
     made = fxquant.quantize(there, data, mode="static")
+    # What the zoo asks of int8 models, and a little less where ranges come from made-up inputs.
     assert decibels(there(data[0].to(DEVICE)), made(data[0].to(DEVICE))) > 20.0
     with pytest.warns(fxquant.errors.CalibrationWarning):
         made = fxquant.quantize(there, mode="static", example_inputs=data[0].to(DEVICE))
@@ -244,6 +245,7 @@ def test_training_there_is_training_here(make: Any, qconfig: QConfig | None) -> 
         ranges.append(torch.cat([fake.scale_in_use().detach().cpu() for fake in fakes]))
         converted = fxquant.convert(prepared, backend="reference")
         assert fxquant.verify(prepared, converted, batches).ok
+        # What is deployed is what was trained: only the order of sums differs, no code does.
         with torch.no_grad():
             assert decibels(prepared(batches[0]), converted(batches[0])) > 60.0
             outputs.append(converted(batches[0]).cpu())
