@@ -49,9 +49,10 @@ _OUTPUTS: Final = 16
 _MIDDLE: Final = 8
 """The code that the int4 kernel takes for 0."""
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE: Final = has_bfloat16()
+"""Asked beforehand: a compiler does not look into the probes."""
 
 
-@functools.cache
 def _multiplies_bfloat16(kind: str) -> bool:
     """Whether the processor, or the GPU, has products of bfloat16.
 
@@ -60,7 +61,7 @@ def _multiplies_bfloat16(kind: str) -> bool:
     """
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return kind == "cpu" and has_bfloat16()
+    return kind == "cpu" and _NATIVE
 
 
 class StoredLinear(StoredParts):

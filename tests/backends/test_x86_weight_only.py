@@ -221,3 +221,14 @@ def test_sums_of_codes_do_not_pass_what_float16_holds(
     assert found.dtype == x.dtype
     # Eight bits of weights, and of rows.
     torch.testing.assert_close(found.float(), model(x.float()), rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_compile_as_one_graph(name: str, rows: int) -> None:
+    """What the processor has was asked beforehand: a compiler does not look into the probes."""
+    q, x = layer(name), torch.randn(rows, 128)
+    compiled = torch.compile(q, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), q(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(x), q(x))
