@@ -1,4 +1,4 @@
-"""CIFAR-10 pictures, and the two small networks that ``accuracy_cifar10`` trains on them."""
+"""CIFAR-10 pictures, and the small networks that ``accuracy_cifar10`` trains on them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from tests.zoo.any.vit import VisionTransformer
 from tests.zoo.mobilenet_v2 import mobilenet_v2_cifar
 from tests.zoo.resnet import resnet20
 
@@ -34,6 +35,7 @@ class Recipe:
     batch: int = 64
     decay: float = 5e-4
     smoothing: float = 0.05
+    adam: bool = False
 
 
 # The pictures shrink to 8x8 before the wide stages: a quarter of the arithmetic of keeping 32x32,
@@ -44,6 +46,13 @@ RECIPES: dict[str, Recipe] = {
         lambda: mobilenet_v2_cifar(width=0.5, strides=(1, 1, 2, 2, 2, 1, 1, 1)),
         epochs=30,
         peak_rate=0.1,
+    ),
+    "vit": Recipe(
+        lambda: VisionTransformer(dim=128, depth=8, patch=4),
+        epochs=40,
+        peak_rate=1e-3,
+        decay=0.05,
+        adam=True,
     ),
     # For a machine that has other things to do: a minute for each epoch, on one core.
     "mobilenet_v2_small": Recipe(
@@ -98,11 +107,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[index, torch.arange(3).view(1, -1, 1, 1), rows, columns]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if recipe.adam:
+        return torch.optim.AdamW(groups, lr=recipe.peak_rate)
     return torch.optim.SGD(groups, lr=recipe.peak_rate, momentum=0.9, nesterov=True)
 
 

@@ -9,7 +9,8 @@ from torch.fx import Graph, Node
 
 from fxquant.graph.align import own_origins
 from fxquant.graph.info import QType, info
-from fxquant.graph.op_table import DEQUANTIZE, is_op
+from fxquant.graph.op_table import DEQUANTIZE, QUANTIZE, is_op
+from fxquant.graph.view import tensor_sources
 
 _SAME_VALUE = (DEQUANTIZE, "cast", "clone", "contiguous")
 
@@ -95,6 +96,22 @@ def counterparts(captured: Graph, made: Graph, results: Collection[Node]) -> Ite
         known_as = [name for name in info(real).origins if name in having]
         if known_as:
             yield _settled(real, having[known_as[0]])
+
+
+def as_float_readers_see(pair: Counterpart) -> Counterpart:
+    """``pair``, but of a value that is read both in float and as codes what is read in float.
+
+    The rounding is then no part of the value: it belongs to the ops that read the codes.
+    """
+    source = pair.node.args[0] if is_op(pair.node, QUANTIZE) else None
+    if not isinstance(source, Node) or not set(info(pair.real).origins) & set(info(source).origins):
+        return pair
+    in_float = (
+        user
+        for user in source.users
+        if not is_op(user, QUANTIZE) and (user.op == "output" or source in tensor_sources(user))
+    )
+    return pair if next(in_float, None) is None else Counterpart(pair.real, source, None)
 
 
 def _settled(real: Node, having: list[Node]) -> Counterpart:

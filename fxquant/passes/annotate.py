@@ -19,6 +19,7 @@ from fxquant.graph.fills import bad_fill
 from fxquant.graph.flow import asked_as_product, gives_indices
 from fxquant.graph.info import CustomUnit, Decision, info
 from fxquant.graph.masks import masks_scores, reads_masked
+from fxquant.graph.normed_sums import norm_that_reads
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
@@ -107,6 +108,7 @@ class Annotate(Pass):
             or _bad_weight(op, head, config.weight is None)
             or _bad_values(unit)
             or _masked(unit)
+            or _is_normed(unit)
         )
         if why is not None:
             return Decision(False, why, "annotate")
@@ -205,6 +207,13 @@ def _masked(unit: Unit) -> str | None:
     if any(masks_scores(node) or reads_masked(node) for node in unit.nodes):
         return "it works on scores with a mask, which reaches to minus infinity"
     return None
+
+
+def _is_normed(unit: Unit) -> str | None:
+    norm = norm_that_reads(unit.head)
+    if norm is None:
+        return None
+    return f"%{norm.name} divides each row of the sum by its size, and small rows need their digits"
 
 
 def _bad_values(unit: Unit) -> str | None:

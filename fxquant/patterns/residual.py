@@ -10,6 +10,7 @@ from typing import Final
 from torch.fx import Node
 
 from fxquant.graph.info import info
+from fxquant.graph.normed_sums import norm_that_reads
 from fxquant.graph.op_table import is_op
 from fxquant.patterns.expr import OpExpr, op, var
 from fxquant.patterns.match import Match, Reject
@@ -50,7 +51,15 @@ def is_the_later_layer(match: Match) -> Reject | None:
     return None
 
 
-_SUM_CHECKS: Final = (*CHECKS, adds_a_tensor, is_the_later_layer)
+def no_norm_reads_it(match: Match) -> Reject | None:
+    """A sum that stays float is no part of an int8 unit."""
+    norm = norm_that_reads(match.node("add"))
+    if norm is None:
+        return None
+    return Reject(f"%{norm.name} reads the sum, which stays float", match.node("add"))
+
+
+_SUM_CHECKS: Final = (*CHECKS, adds_a_tensor, is_the_later_layer, no_norm_reads_it)
 
 RULES: Final = (
     Rule("layer-add", _sum(), group, _SUM_CHECKS),

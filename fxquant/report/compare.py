@@ -37,7 +37,7 @@ class OpComparison:
         op: the canonical ops of its unit, or the name of the user's pattern.
         runs: ``int8``, ``bfloat16`` or ``float``.
         accumulated: of its result, with the errors of all ops before it, and rounded to the type
-            that its readers take; ``None``: see ``why``.
+            that its readers take, if all of them read codes; ``None``: see ``why``.
         own: of its result, against the float op on the same inputs, which are those that it has in
             the quantized model: what it adds by itself; ``None``: see ``why``.
         share: the share of the output's error that its own error makes, to first order: 1.0 is

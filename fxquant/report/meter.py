@@ -5,7 +5,8 @@ Three walks a batch and one backward pass. With ``f`` a float op and ``q`` what 
 1. float: every value ``v``;
 2. quantized: every value ``z``, which has all errors so far: the *accumulated* error;
 3. float, every op reading ``z``. The difference ``q(z) - f(z)`` is what the op adds *by itself*:
-   its rounded weight, its arithmetic, its rounded result.
+   its rounded weight, its arithmetic, its rounded result. (Where others read the result in float,
+   and codes are made of it on the way to this op, the rounding is this op's.)
 
 To first order the error of the output is the sum of the latter, each carried on by the Jacobian of
 what follows. So ``<J e, error> / <error, error>`` is an op's share of the output error, and the
@@ -27,7 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxquant.calibration.binding import tensors
-from fxquant.graph.counterparts import Counterpart, counterparts
+from fxquant.graph.counterparts import Counterpart, as_float_readers_see, counterparts
 from fxquant.graph.held_state import state_kept
 from fxquant.graph.info import QType
 from fxquant.graph.walk import Walk, bind_inputs
@@ -65,7 +66,7 @@ class Meter:
     def __init__(self, captured: GraphModule, made: GraphModule, results: Collection[Node]) -> None:
         self._captured, self._made = captured, made
         found = counterparts(captured.graph, made.graph, results)
-        self._pairs = {pair.real: pair for pair in found}
+        self._pairs = {pair.real: as_float_readers_see(pair) for pair in found}
         self._accumulated = {real: AgreementSums() for real in self._pairs}
         self._own = {real: AgreementSums() for real in self._pairs}
         self._shares = dict.fromkeys(self._pairs, 0.0)

@@ -126,3 +126,12 @@ def test_every_op_gets_a_decision() -> None:
     module = annotated(One(body, conv=nn.Conv2d(4, 4, 1)).eval(), X)
     undecided = [n.name for n in nodes(module) if info(n).decision is None]
     assert undecided == ["size"]
+
+
+def test_a_sum_that_a_norm_reads_stays_float() -> None:
+    parts = {"layer": nn.Linear(6, 6), "norm": nn.LayerNorm(6)}
+    body = lambda m, x: m.norm(x + m.layer(x))  # noqa: E731  # written as the other bodies are
+    int8, text = why(body, **parts)["add"]
+    assert not int8 and text.startswith("%norm divides each row of the sum by its size")
+    int8, text = why(body, ((torch.add, QConfig()),), **parts)["add"]
+    assert int8

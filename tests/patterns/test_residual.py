@@ -154,3 +154,18 @@ def test_the_larger_unit_wins() -> None:
     model = One(body, one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 4, 1)).eval()
     units = [unit for _, unit in reported(fused(model, torch.randn(1, 4, 3, 3)))]
     assert units == ["one", "one", "two", "two", "two"]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_sum_that_a_norm_reads_is_no_unit(relu: bool) -> None:
+    """Unless ``relu`` stands between: then the norm reads what is left of it."""
+
+    def body(m: Any, x: Any) -> Any:
+        y = x + m.layer(x)
+        return m.norm(torch.relu(y) if relu else y)
+
+    model, x = One(body, layer=nn.Linear(6, 6), norm=nn.LayerNorm(6)).eval(), torch.randn(3, 6)
+    units = dict(reported(fused(model, x)))
+    assert (units["linear"] is not None and units["linear"] == units["add"]) == relu
+    reasons = [why for _, _, why in misses(model, x) if "reads the sum" in why]
+    assert reasons == ([] if relu else ["%norm reads the sum, which stays float"])

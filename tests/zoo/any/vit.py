@@ -72,9 +72,9 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Class token, learned positions, the class token's feature out."""
 
-    def __init__(self, side: int = 32, dim: int = 64, depth: int = 2) -> None:
+    def __init__(self, side: int = 32, dim: int = 64, depth: int = 2, patch: int = 8) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(side, 8, dim)
+        self.patch_embed = PatchEmbed(side, patch, dim)
         self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(0.5 * torch.randn(1, self.patch_embed.num_patches + 1, dim))
         self.blocks = nn.ModuleList([Block(dim) for _ in range(depth)])
