@@ -16,10 +16,12 @@ from fxquant.graph.info import info
 from fxquant.graph.op_table import is_op, op_named, op_of
 from fxquant.graph.ops import Kind
 
-__all__ = ["norm_that_reads"]
+__all__ = ["norm_that_reads", "sum_that_takes"]
 
 _NORMS: Final = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 _THROUGH: Final = (Kind.MOVE, Kind.SPLIT, Kind.JOIN)
+_MOST: Final = 64
+"""How many ops may stand between: chains of sums have no end, and each would be walked along."""
 
 
 def norm_that_reads(node: Node) -> Node | None:
@@ -31,7 +33,7 @@ def norm_that_reads(node: Node) -> Node | None:
     if not is_op(node, "add") or not _adds_tensors(node) or _is_asked(node):
         return None
     todo, seen = [node], {node}
-    while todo:
+    while todo and len(seen) <= _MOST:
         value = todo.pop()
         for user in value.users:
             if is_op(user, *_NORMS) and user.args[0] is value:
@@ -39,6 +41,23 @@ def norm_that_reads(node: Node) -> Node | None:
             if user not in seen and _hands_on(user, value):
                 seen.add(user)
                 todo.append(user)
+    return None
+
+
+def sum_that_takes(node: Node) -> Node | None:
+    """The sum that takes all that ``node`` moves and that a norm reads, maybe through more moves.
+
+    ``None`` if there is none, if something else reads it, or if ``node`` computes.
+    """
+    for _ in range(_MOST):
+        op = op_of(node)
+        moves = op is not None and op.kind in _THROUGH and info(node).custom is None
+        if not moves or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        if norm_that_reads(user) is not None:
+            return user
+        node = user
     return None
 
 

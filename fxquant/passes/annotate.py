@@ -19,7 +19,7 @@ from fxquant.graph.fills import bad_fill
 from fxquant.graph.flow import asked_as_product, gives_indices
 from fxquant.graph.info import CustomUnit, Decision, info
 from fxquant.graph.masks import masks_scores, reads_masked
-from fxquant.graph.normed_sums import norm_that_reads
+from fxquant.graph.normed_sums import norm_that_reads, sum_that_takes
 from fxquant.graph.op_table import argument, module_of, op_of
 from fxquant.graph.ops import Kind, Op
 from fxquant.graph.verify import Stage
@@ -210,7 +210,9 @@ def _masked(unit: Unit) -> str | None:
 
 
 def _is_normed(unit: Unit) -> str | None:
-    norm = norm_that_reads(unit.head)
+    norm, total = norm_that_reads(unit.head), sum_that_takes(unit.head)
+    if total is not None:
+        return f"all of it goes into %{total.name}, a sum that stays float"
     if norm is None:
         return None
     return f"%{norm.name} divides each row of the sum by its size, and small rows need their digits"

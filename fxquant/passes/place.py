@@ -194,9 +194,11 @@ class _Cut:
             return unit.output.name
         return _CODES if wanted_int8(user) else _FLOAT
 
-    def _edge(self, source: str, target: str, capacity: float) -> None:
+    def _edge(self, source: str, target: str, microseconds: float) -> None:
         if source == target:
             return
+        # Whole picoseconds: sums of floats depend on their order, and with them what a tie becomes.
+        capacity = math.inf if microseconds == math.inf else round(1e6 * microseconds)
         # networkx reads a missing capacity as infinite.
         if capacity == math.inf:
             self._net.add_edge(source, target)

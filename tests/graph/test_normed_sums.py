@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 import fxquant
-from fxquant.graph.normed_sums import norm_that_reads
+from fxquant.graph.normed_sums import norm_that_reads, sum_that_takes
 from fxquant.graph.op_table import is_op
 from fxquant.passes.adopt_norms import AdoptNorms
 from fxquant.passes.configure import Configure
@@ -37,10 +37,14 @@ def parts() -> dict[str, nn.Module]:
     }
 
 
+def configured(body: Body, overrides: Overrides = (), train: bool = False) -> GraphModule:
+    model = One(body, **parts()).train(train)
+    return run(canonical(model, X, train=train), AdoptNorms(), Configure(overrides=overrides))
+
+
 def sums(body: Body, overrides: Overrides = (), train: bool = False) -> dict[str, str | None]:
     """The sums of a model, each with the norm that reads it."""
-    model = One(body, **parts()).train(train)
-    module = run(canonical(model, X, train=train), AdoptNorms(), Configure(overrides=overrides))
+    module = configured(body, overrides, train)
     found = {n.name: norm_that_reads(n) for n in nodes(module) if is_op(n, "add")}
     return {name: norm.name if isinstance(norm, Node) else None for name, norm in found.items()}
 
@@ -113,3 +117,27 @@ def test_who_names_the_sum_gets_it_in_int8(selector: Any) -> None:
 def test_who_names_more_than_the_sum_does_not(selector: Any) -> None:
     asked = ((selector, fxquant.QConfig()),)
     assert sums(lambda m, x: m.norm(x + m.layer(x)), asked) == {"add": "norm"}
+
+
+def test_the_search_has_an_end() -> None:
+    body = lambda m, x: m.norm(sum((m.layer(x) for _ in range(100)), x))  # noqa: E731
+    found = [norm is not None for norm in sums(body).values()]
+    assert len(found) == 100 and found[-1] and found[-60] and not found[0]
+
+
+def moves(body: Body) -> list[bool]:
+    """Of each op that moves, whether all that it moves goes into a sum that stays float."""
+    found = (n for n in nodes(configured(body)) if not is_op(n, "add", "layer_norm", "linear"))
+    return [sum_that_takes(node) is not None for node in found]
+
+
+def test_what_is_moved_into_such_a_sum() -> None:
+    assert moves(lambda m, x: m.norm(m.layer(x).flatten(2).reshape(2, 6, 4, 4) + x)) == [True] * 2
+    assert moves(lambda m, x: m.norm(torch.cat([m.layer(x), x], 1)[:, :6] + x)) == [True] * 2
+
+
+def test_what_is_not_only_moved_into_such_a_sum() -> None:
+    assert moves(lambda m, x: (y := m.layer(x).flip(1)) * 2 + m.norm(y + x)) == [False] * 2
+    assert moves(lambda m, x: m.norm(torch.relu(m.layer(x)) + x)) == [False]
+    assert moves(lambda m, x: m.layer(x).flip(1) + x) == [False]
+    assert moves(lambda m, x: m.norm(m.layer(x).flip(1))) == [False]

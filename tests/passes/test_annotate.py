@@ -135,3 +135,10 @@ def test_a_sum_that_a_norm_reads_stays_float() -> None:
     assert not int8 and text.startswith("%norm divides each row of the sum by its size")
     int8, text = why(body, ((torch.add, QConfig()),), **parts)["add"]
     assert int8
+
+
+def test_what_is_moved_into_such_a_sum_stays_float() -> None:
+    parts = {"layer": nn.Linear(6, 6), "norm": nn.LayerNorm(6)}
+    found = why(lambda m, x: m.norm(x + m.layer(x).flip(1)), **parts)
+    assert found["flip"] == (False, "all of it goes into %add, a sum that stays float")
+    assert found["layer"][0]

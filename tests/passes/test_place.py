@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,3 +168,17 @@ def test_larger_tensors_pay_for_dearer_conversions() -> None:
 
     assert not at(1)
     assert at(64)
+
+
+def test_the_cut_does_not_hang_on_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers add up to the same in any order, and the order of sets changes by process."""
+    asked: list[Any] = []
+    real: Callable[..., Any] = nx.minimum_cut
+
+    def watched(net: Any, *ends: str) -> Any:
+        asked.extend(c for _, _, c in net.edges(data="capacity") if c is not None)
+        return real(net, *ends)
+
+    monkeypatch.setattr(nx, "minimum_cut", watched)
+    placed(between_convs)
+    assert asked and all(isinstance(capacity, int) for capacity in asked)
