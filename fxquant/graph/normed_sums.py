@@ -27,10 +27,12 @@ _MOST: Final = 64
 def norm_that_reads(node: Node) -> Node | None:
     """The norm with statistics of its own that reads the sum ``node``, maybe through moves.
 
-    ``None`` if there is none, if ``node`` is no sum of two tensors, or if an override names it or
-    the function that it calls.
+    ``None`` if there is none, if ``node`` is no sum of two tensors, if a user's pattern has taken
+    it, or if an override names it or the function that it calls.
     """
-    if not is_op(node, "add") or not _adds_tensors(node) or _is_asked(node):
+    if not is_op(node, "add") or info(node).custom is not None:
+        return None
+    if not _adds_tensors(node) or _is_asked(node):
         return None
     todo, seen = [node], {node}
     while todo and len(seen) <= _MOST:

@@ -141,3 +141,17 @@ def test_what_is_not_only_moved_into_such_a_sum() -> None:
     assert moves(lambda m, x: m.norm(torch.relu(m.layer(x)) + x)) == [False]
     assert moves(lambda m, x: m.layer(x).flip(1) + x) == [False]
     assert moves(lambda m, x: m.norm(m.layer(x).flip(1))) == [False]
+
+
+def test_what_a_users_pattern_has_taken_is_the_patterns() -> None:
+    @fxquant.pattern
+    def my_sum(x: Any, y: Any) -> Any:
+        return x + y
+
+    torch.manual_seed(0)
+    model = One(lambda m, x: m.norm(m.layer(x).flip(1) + x), **parts()).eval()
+    prepared = fxquant.prepare(model, example_inputs=(X,), patterns=[my_sum])
+    total = next(n for n in prepared.graph.nodes if is_op(n, "add"))
+    assert norm_that_reads(total) is None
+    flip = next(n for n in prepared.graph.nodes if is_op(n, "flip"))
+    assert sum_that_takes(flip) is None
