@@ -190,7 +190,9 @@ class RuleSet:
         for rule in self.at(node):
             found = rule.match(node)
             if isinstance(found, Reject):
-                if found.matched > 0:
+                before = report.near.get((rule.name, node.name))
+                # Later visits may find less: what nearly fitted has been rewritten by others.
+                if found.matched > 0 and (before is None or found.matched >= before.matched):
                     report.near[(rule.name, node.name)] = found
                 continue
             edited = len(editor.log)
@@ -200,6 +202,7 @@ class RuleSet:
                 # It fits and is done already; a lesser rule must not undo it.
                 return []
             report.hits[rule.name] = report.hits.get(rule.name, 0) + 1
+            report.near.pop((rule.name, node.name), None)
             added = {name for edit in editor.log[edited:] for name in edit.added}
             fresh = [u for u in users if not u._erased]
             reach = [n for u in fresh for n in u.all_input_nodes if n.name in added]

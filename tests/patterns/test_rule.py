@@ -185,6 +185,29 @@ def test_near_misses_need_one_op_in_place() -> None:
     assert RuleSet([pair]).apply(Editor(model("sigmoid"))).near == {}
 
 
+def test_the_nearest_miss_of_all_visits_is_kept() -> None:
+    """Once another rule has rewritten what nearly fitted, the next visit finds less."""
+
+    def never(match: Match) -> Reject | None:
+        return Reject("not today")
+
+    wide = rule("wide", op("tanh", op("relu", var("x"))), "exp", checks=(never,))
+    inner = rule("inner", op("relu", var("x")), "sin")
+    module = model("relu", "tanh")
+    report = RuleSet([wide, inner]).apply(Editor(module), backwards=True)
+    assert names(module) == ["sin", "tanh"]
+    assert report.near[("wide", "tanh")].reason == "not today"
+
+
+def test_a_rule_that_fires_after_all_missed_nothing() -> None:
+    late = rule("late", op("tanh", op("sin", var("x"))), "exp")
+    inner = rule("inner", op("relu", var("x")), "sin")
+    module = model("relu", "tanh")
+    report = RuleSet([late, inner]).apply(Editor(module), backwards=True)
+    assert names(module) == ["exp"]
+    assert ("late", "tanh") not in report.near
+
+
 def test_the_set_matches_without_changing() -> None:
     rules = RuleSet([rule("pair", op("tanh", op("relu", var("x"))), "exp")])
     module = model("relu", "tanh")
