@@ -15,10 +15,12 @@ from fxquant.backends.half_convs import PLANNED
 from fxquant.backends.x86_attention import ATTENTION_RULES
 from fxquant.backends.x86_dynamic_products import DYNAMIC_PRODUCT_RULES
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
+from fxquant.backends.x86_float_sums import FLOAT_SUM_RULES
 from fxquant.backends.x86_layer_rules import LAYER_RULES
 from fxquant.backends.x86_matmul import MATMUL_RULES
 from fxquant.backends.x86_move_rules import MOVE_RULES
 from fxquant.backends.x86_pairs import has_vnni, layers_saturate
+from fxquant.backends.x86_quantize import QUANTIZE_RULES
 from fxquant.backends.x86_real_rules import REAL_RULES
 from fxquant.backends.x86_recurrent import X86Recurrent
 from fxquant.backends.x86_rules import OP_RULES
@@ -49,9 +51,9 @@ class X86:
 
     name: str = "x86"
     rules: tuple[Rule, ...] = (
-        *LAYER_RULES, *STACKED_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES, *WEIGHT_ONLY_RULES,
-        *INT4_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES, *UNIT_RULES,
-        *ATTENTION_RULES,
+        *LAYER_RULES, *STACKED_RULES, *FLOAT_SUM_RULES, *DYNAMIC_RULES, *DYNAMIC_PRODUCT_RULES,
+        *WEIGHT_ONLY_RULES, *INT4_RULES, *MATMUL_RULES, *OP_RULES, *REAL_RULES, *MOVE_RULES,
+        *UNIT_RULES, *ATTENTION_RULES, *QUANTIZE_RULES,
     )  # fmt: skip
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(
         default_factory=lambda: dict(_MODULES)

@@ -21,7 +21,7 @@ from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, u
 from fxquant.graph.info import QType
 
 _ONEDNN: Final = torch.ops.onednn
-_PACKED: Final = ("_call", "_head", "_kernel", "packed", "plan")
+_PACKED: Final = ("_call", "_endings", "_head", "_kernel", "packed", "plan")
 """Attributes that :meth:`X86Layer.pack` makes; torch's operators cannot be pickled either."""
 
 
@@ -345,3 +345,46 @@ class X86LinearSum(X86Linear):
         total = other.contiguous()
         result: Tensor = self._kernel(codes, *self._head, total, *self._call)
         return result
+
+
+class X86LinearAdd(X86Linear):
+    """``linear(x) + other`` in float, with one rounding at its end.
+
+    Args:
+        args: those of a plain linear.
+        overwrites: whether the memory of ``other`` is free afterwards; writing over it saves half
+            of what is left of an addition of its own.
+        kwargs: those of a plain linear.
+    """
+
+    def __init__(self, *args: Any, overwrites: bool, **kwargs: Any) -> None:
+        self.overwrites = overwrites
+        super().__init__(*args, **kwargs)
+
+    def pack(self) -> None:
+        """As for a plain linear; and the arguments that follow ``other``, for either way to add."""
+        super().pack()
+        self._head = self._call[:_OTHER]
+        bias, out, post = self._call[_OTHER], self._output(), self._call[_OTHER + 4 :]
+        self._endings = {
+            overwrites: (bias, *out, 1.0, 0, "sum" if overwrites else "add", 1.0, *post)
+            for overwrites in (False, True)
+        }
+
+    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
+        """One kernel call; ``other`` is float shaped as the result, or is added by torch."""
+        shape = (*codes.shape[:-1], self.weight_shape[0])
+        # Autograd does not see into the kernel.
+        tracked = torch.is_grad_enabled()
+        fits = other.dtype is self.real and other.shape == shape and codes.numel() > 0
+        if not fits or (tracked and other.requires_grad):
+            return super().forward(codes) + other
+        total = other.contiguous()
+        free = total is not other or (self.overwrites and not tracked)
+        ending = self._endings[free and not torch.compiler.is_compiling()]
+        result: Tensor = _ONEDNN.qlinear_pointwise.binary(codes, *self._head, total, *ending)
+        return result
+
+
+_OTHER: Final = 5
+"""The place of what is added among the arguments of the kernel: after the weight's."""

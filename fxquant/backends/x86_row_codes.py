@@ -55,7 +55,7 @@ class RowCodes:
 
     def __init__(self, width: int, spec: QSpec) -> None:
         fits = spec.bits == 8 and width > 0 and width % _BLOCK == 0
-        self._kernel = _fused() if fits else None
+        self._kernel = byte_kernel() if fits else None
         self._width, self._spec = width, spec
         self._bare = has_tiles() and width % _TILE == 0 and width <= _SHORT
         self.extra = 0 if self._kernel is None or self._bare else _EXTRA
@@ -88,7 +88,7 @@ class RowCodes:
 
 
 @functools.cache
-def _fused() -> Callable[[Tensor, Tensor], Tensor] | None:
+def byte_kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
     """FBGEMM's kernel, if this torch has it and it computes what is expected of it."""
     try:
         kernel = torch.ops.quantized.embedding_bag_byte_prepack_with_rowwise_min_max.default

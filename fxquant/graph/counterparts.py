@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -56,6 +56,30 @@ def last_origins(groups: Collection[tuple[str, ...]], captured: Graph) -> list[N
     return found
 
 
+def as_made(results: Sequence[Node | None], captured: Graph, made: Graph) -> list[Node | None]:
+    """The results of ops as ``made`` has them: of what one op computes there, the last.
+
+    It goes to the first of the ops, whose kernel it is: a linear that adds up a float sum as well.
+    The others get ``None``.
+
+    Args:
+        results: nodes of ``captured``, one for each op, in graph order.
+        captured: the captured graph.
+        made: what passes made of it.
+    """
+    place = {node: index for index, node in enumerate(captured.nodes)}
+    known = [node for node in results if node is not None]
+    together: dict[Node, list[Node]] = {}
+    for pair in counterparts(captured, made, known):
+        together.setdefault(pair.node, []).append(pair.real)
+    moved: dict[Node, Node | None] = {}
+    for reals in together.values():
+        reals.sort(key=place.__getitem__)
+        moved.update(dict.fromkeys(reals))
+        moved[reals[0]] = reals[-1]
+    return [moved.get(node, node) if node is not None else None for node in results]
+
+
 def results_kept(captured: Graph, made: Graph) -> list[Node]:
     """Nodes of ``captured`` whose value is there in ``made``; what was fused into others is not.
 
@@ -106,12 +130,19 @@ def as_float_readers_see(pair: Counterpart) -> Counterpart:
     source = pair.node.args[0] if is_op(pair.node, QUANTIZE) else None
     if not isinstance(source, Node) or not set(info(pair.real).origins) & set(info(source).origins):
         return pair
-    in_float = (
-        user
-        for user in source.users
-        if not is_op(user, QUANTIZE) and (user.op == "output" or source in tensor_sources(user))
-    )
-    return pair if next(in_float, None) is None else Counterpart(pair.real, source, None)
+    in_float = any(_reads_floats(user, source) for user in source.users)
+    return Counterpart(pair.real, source, None) if in_float else pair
+
+
+def _reads_floats(user: Node, source: Node) -> bool:
+    """Whether an op computes with the numbers of ``source``; a lowered one declares what it reads.
+
+    Others ask for its size.
+    """
+    if is_op(user, QUANTIZE):
+        return False
+    reads = user.op == "output" or info(user).reads is not None
+    return reads or source in tensor_sources(user)
 
 
 def _settled(real: Node, having: list[Node]) -> Counterpart:

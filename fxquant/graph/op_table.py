@@ -177,6 +177,16 @@ def register_boundary(name: str, target: Callable[..., Any]) -> None:
     _TARGETS[target] = op
 
 
+def register_kernel(name: str, target: Callable[..., Any]) -> None:
+    """Tell the table which function of a backend does what the one of a boundary does.
+
+    Args:
+        name: as for :func:`register_boundary`.
+        target: a function with the same arguments and the same results.
+    """
+    _TARGETS[target] = _NAMES[name]
+
+
 def register_module(name: str, cls: type[nn.Module]) -> None:
     """Tell the table that a module of the floor above spells the op called ``name``."""
     _MODULES[cls] = _NAMES[name]

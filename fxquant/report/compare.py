@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.counterparts import last_origins
+from fxquant.graph.counterparts import as_made, last_origins
 from fxquant.numerics.agreement import Agreement
 from fxquant.record import OpRecord, Record
 from fxquant.report.html.fragment import fragment
@@ -163,7 +163,7 @@ def compare_models(model: nn.Module, quantized: nn.Module, feed: Feed) -> Compar
     """See :func:`fxquant.report.api.compare`."""
     run = metered("compare", model, quantized, feed, _results)
     ops = run.record.ops
-    results = last_origins([op.origins for op in ops], run.captured.graph)
+    results = _by_op(run.captured, run.record, run.made)
     rows = [_row(op, node, run) for op, node in zip(ops, results, strict=True)]
     note = _TRAINED if run.record.mode == "qat" and not _has_weights_of(run.made, model) else ""
     ranked = tuple(sorted(rows, key=_rank))
@@ -182,9 +182,13 @@ def _has_weights_of(made: nn.Module, model: nn.Module) -> bool:
     return all(name in held and torch.equal(held[name], real) for name, real in wanted.items())
 
 
-def _results(captured: GraphModule, record: Record) -> list[Node]:
+def _by_op(captured: GraphModule, record: Record, made: GraphModule) -> list[Node | None]:
     found = last_origins([op.origins for op in record.ops], captured.graph)
-    return [node for node in found if node is not None]
+    return as_made(found, captured.graph, made.graph)
+
+
+def _results(captured: GraphModule, record: Record, made: GraphModule) -> list[Node]:
+    return [node for node in _by_op(captured, record, made) if node is not None]
 
 
 def _row(op: OpRecord, real: Node | None, run: Metered) -> OpComparison:

@@ -79,9 +79,8 @@ def measured_noise(model: nn.Module, quantized: nn.Module, feed: Feed) -> dict[s
         CalibrationError: no batch, or a batch that does not fit.
     """
 
-    def results(captured: GraphModule, _record: Record) -> list[Node]:
-        assert isinstance(quantized, GraphModule)
-        return results_kept(captured.graph, quantized.graph)
+    def results(captured: GraphModule, _record: Record, made: GraphModule) -> list[Node]:
+        return results_kept(captured.graph, made.graph)
 
     meter = metered("diff", model, quantized, feed, results).meter
     return meter.noise()

@@ -72,7 +72,7 @@ def metered(
     model: nn.Module,
     quantized: nn.Module,
     feed: Feed,
-    results: Callable[[GraphModule, Record], Collection[Node]],
+    results: Callable[[GraphModule, Record, GraphModule], Collection[Node]],
 ) -> Metered:
     """Run both models over the data, once.
 
@@ -103,13 +103,13 @@ def _run(
     made: GraphModule,
     record: Record,
     feed: Feed,
-    results: Callable[[GraphModule, Record], Collection[Node]],
+    results: Callable[[GraphModule, Record, GraphModule], Collection[Node]],
 ) -> Metered:
     run: Metered | None = None
     for args, kwargs in calls(made, feed):
         if run is None:
             captured = _captured_again(model, record, args, kwargs)
-            wanted = dict.fromkeys(results(captured, record))
+            wanted = dict.fromkeys(results(captured, record, made))
             run = Metered(captured, made, record, Meter(captured, made, wanted))
         try:
             run.meter.feed(args, kwargs)

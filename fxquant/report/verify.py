@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.calibration.data import check_options, is_function, refuse_empty
 from fxquant.errors import ConfigError
-from fxquant.graph.counterparts import Counterpart, counterparts, last_origins
+from fxquant.graph.counterparts import Counterpart, as_made, counterparts, last_origins
 from fxquant.graph.held_state import random_kept, state_kept
 from fxquant.graph.op_table import module_of
 from fxquant.graph.walk import Walk, bind_inputs
@@ -180,7 +180,8 @@ class _Lockstep:
 
 def _sites(trained: GraphModule, made: GraphModule, record: Record) -> list[_Site]:
     """Every int8 op, and every value that becomes codes without one."""
-    results = last_origins([op.origins for op in record.ops], trained.graph)
+    found = last_origins([op.origins for op in record.ops], trained.graph)
+    results = as_made(found, trained.graph, made.graph)
     fakes = {
         node.args[0]: node
         for node in trained.graph.find_nodes(op="call_module")

@@ -62,9 +62,12 @@ class _Values(fx.Interpreter):
 class _Step(fx.Interpreter):
     """Runs each node on the reference's values."""
 
-    def __init__(self, module: GraphModule, like: dict[str, str], values: dict[str, Any]) -> None:
+    def __init__(
+        self, module: GraphModule, twins: dict[str, str], reference: GraphModule, values: _Values
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.like, self.reference = like, values
+        self.like, self.reference = twins, values.values
+        self.targets = {node.name: node.target for node in reference.graph.nodes}
         self.found: list[Compared] = []
 
     def run_node(self, n: Node) -> Any:
@@ -73,7 +76,8 @@ class _Step(fx.Interpreter):
         if twin is None:
             return _cloned(value) if isinstance(value, Tensor) else value
         wanted = self.reference[twin]
-        if twin != n.name and isinstance(value, Tensor):
+        changed = twin != n.name or n.target != self.targets[twin]
+        if changed and isinstance(value, Tensor):
             self.found.append(_compare(n, value, wanted))
         return _cloned(wanted)
 
@@ -120,7 +124,7 @@ def lockstep(lowered: GraphModule, reference: GraphModule, *inputs: Any) -> list
     with torch.no_grad():
         truth = _Values(reference)
         truth.run(*_cloned(inputs))
-        step = _Step(lowered, _twins(lowered, reference), truth.values)
+        step = _Step(lowered, _twins(lowered, reference), reference, truth)
         step.run(*_cloned(inputs))
     return step.found
 

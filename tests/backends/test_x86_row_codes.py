@@ -20,7 +20,9 @@ SIGNED = QSpec("int8", granularity="row", observer="runtime")
 WHOLE = QSpec("uint8", observer="runtime")
 SPECS = (ROWS, SYMMETRIC, SIGNED, WHOLE)
 
-fused = pytest.mark.skipif(x86_row_codes._fused() is None, reason="this torch has no such kernel")
+fused = pytest.mark.skipif(
+    x86_row_codes.byte_kernel() is None, reason="this torch has no such kernel"
+)
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -102,7 +104,7 @@ def test_with_and_without_the_kernel(spec: QSpec, monkeypatch: pytest.MonkeyPatc
     parts = (codes.to(torch.int8), rows(24).abs() * 0.01, rows(24, seed=2), spec)
     x = rows(50, 96, seed=3) + 0.5
     found = X86DynamicLinear(*parts)(x)
-    monkeypatch.setattr(x86_row_codes, "_fused", lambda: None)
+    monkeypatch.setattr(x86_row_codes, "byte_kernel", lambda: None)
     wanted = X86DynamicLinear(*parts)(x)
     # A code of 96 may differ by one, in a row in fifty: 63 of sums of some thousand.
     noise = (found - wanted).double().pow(2).mean()
@@ -133,7 +135,7 @@ def test_short_rows_are_bare_where_tiles_are_multiplied(
     wanted = RowCodes(width, ROWS)
     monkeypatch.setattr(x86_row_codes, "has_tiles", lambda: True)
     found = RowCodes(width, ROWS)
-    if x86_row_codes._fused() is not None:
+    if x86_row_codes.byte_kernel() is not None:
         assert found.extra == (0 if width in (64, 1024) else wanted.extra)
     for bare, whole in zip(found(x), wanted(x), strict=True):
         assert torch.equal(bare[:, :width], whole[:, :width])
