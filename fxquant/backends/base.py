@@ -74,8 +74,32 @@ def _of_kind(kind: Kind) -> tuple[str, ...]:
     return tuple(name for name in op_names() if op_named(name).kind is kind)
 
 
-_CODES_OWN: Final = (*_POOLS, *_BLENDS, "amax", "amin")
-"""Moves that cost more than moving."""
+_MOVES: Final = tuple(
+    name
+    for kind in (Kind.MOVE, Kind.SPLIT)
+    for name in _of_kind(kind)
+    if name not in (*_POOLS, *_BLENDS, "amax", "amin")
+)
+_VIEWS: Final = tuple(name for name in _MOVES if op_named(name).alias)
+"""What is another look at the same memory. Sometimes one of them has to copy: not as a rule."""
+_COPIES: Final = tuple(name for name in _MOVES if name not in _VIEWS)
+
+GELU_TANH: Final = "gelu with tanh"
+"""The name of costs of ``gelu(x, approximate="tanh")``, which takes thrice as long."""
+GATE: Final = "mul by a gate"
+"""The name of costs of a product of pictures with one number for each of their channels."""
+
+_ACTIVATIONS: Final = {
+    # Timed like the table: 20,000 to 1,600,000 numbers.
+    "relu": Cost(3.0, 0.12),
+    "gelu": Cost(8.0, 0.4),
+    GELU_TANH: Cost(10.0, 1.1),
+    **dict.fromkeys(("silu", "sigmoid", "tanh"), Cost(6.0, 0.27)),
+    **dict.fromkeys(("relu6", "hardtanh", "leaky_relu", "hardswish"), Cost(4.0, 0.16)),
+    "hardsigmoid": Cost(4.0, 0.16),
+    **dict.fromkeys(("elu", "celu", "selu", "softplus"), Cost(10.0, 0.8)),
+    "mish": Cost(15.0, 2.1),
+}
 
 _FLOAT_INSIDE_ON_CODES: Final = {
     # Timed by benchmarks/ops_on_codes.py: 150,000 to 800,000 codes.
@@ -117,13 +141,17 @@ over its 64 steps, for an LSTM with N of 128, 256, 512, 768 and 1024 on two AVX5
 
 MEASURED: Final = Costs(
     # Timed in eager torch 2.13 on a two-core AVX512-VNNI machine, tensors of 150,000 to 800,000.
-    quantize=Cost(15.0, 0.55),
+    # In one pass, see x86_quantize.py: 13, 23, 92 and 360 us for 20,000 to 1,600,000 numbers.
+    quantize=Cost(10.0, 0.21),
     dequantize=Cost(7.0, 0.22),
     on_codes={
-        "": Cost(12.0, 0.7),  # a 256-entry table
+        # A 256-entry table: 21, 95, 351 and 1213 us for 20,000 to 1,600,000 codes.
+        "": Cost(8.0, 0.85),
         "add": Cost(30.0, 0.6),
         "sub": Cost(30.0, 0.6),
         "mul": Cost(30.0, 0.6),
+        # 32, 34 and 51 us for 56,000, 188,000 and 301,000 codes.
+        GATE: Cost(25.0, 0.08),
         "batch_norm": Cost(14.0, 0.17),
         # One integer product a matrix; then zero points are taken out of every sum.
         "matmul": Cost(36.0, 1.2, 0.0019, 9.0),
@@ -137,27 +165,29 @@ MEASURED: Final = Costs(
         **{f"max_pool{rank}d_with_indices": Cost(20.0, 29.0) for rank in (1, 2, 3)},
         **{name: Cost(15.0, 0.16) for name in _POOLS},
         "max_pool1d": Cost(15.0, 0.86),
+        # 6, 8, 9 and 13 us for 6,000, 100,000, 200,000 and 401,000 codes.
+        "max_pool2d": Cost(8.0, 0.04),
         **{f"avg_pool{r}d": Cost(15.0, 0.5) for r in (1, 2, 3)},
-        **{f"adaptive_avg_pool{r}d": Cost(15.0, 0.3) for r in (1, 2, 3)},
-        **{name: Cost(15.0, 0.35) for name in ("mean", "sum")},
+        # As a convolution from some size on: 28, 39, 46 and 54 us for the same.
+        "avg_pool2d": Cost(28.0, 0.08),
+        # 23, 35, 48 and 78 us for 4,000, 63,000, 132,000 and 188,000 codes; 49 for 64 pictures.
+        **{f"adaptive_avg_pool{r}d": Cost(18.0, 0.2) for r in (1, 2, 3)},
+        **{name: Cost(18.0, 0.2) for name in ("mean", "sum")},
         **{name: Cost(12.0, 0.1) for name in ("amax", "amin")},
         **{name: Cost(25.0, 0.8) for name in ("div", "maximum", "minimum", "lerp", "glu")},
         **{name: Cost(30.0, 1.0) for name in ("addcmul", "addcdiv")},
         **_FLOAT_INSIDE_ON_CODES,
-        **{
-            name: Cost(3.0, 0.04)
-            for name in op_names()
-            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _CODES_OWN
-        },
+        **dict.fromkeys(_COPIES, Cost(3.0, 0.04)),
+        **dict.fromkeys(_VIEWS, Cost(2.0, 0.0)),
     },
     in_float={
         "": Cost(5.0, 0.2),
         "add": Cost(4.0, 0.12),
         "sub": Cost(4.0, 0.12),
         "mul": Cost(4.0, 0.12),
+        GATE: Cost(4.0, 0.1),
         "batch_norm": Cost(9.0, 0.17),
         "matmul": Cost(4.0, 0.0, 0.0068),
-        "relu": Cost(3.0, 0.1),
         **{name: Cost(5.0, 0.25) for name in _of_kind(Kind.JOIN)},
         **{name: Cost(5.0, 0.75) for name in _BLENDS},
         **{name: Cost(10.0, 11.0) for name in _of_kind(Kind.PICK)},
@@ -173,11 +203,9 @@ MEASURED: Final = Costs(
         **{name: Cost(5.0, 0.12) for name in ("div", "maximum", "minimum", "lerp", "prelu")},
         **{name: Cost(6.0, 0.15) for name in ("glu", "addcmul", "addcdiv")},
         **_FLOAT_INSIDE_IN_FLOAT,
-        **{
-            name: Cost(3.0, 0.12)
-            for name in op_names()
-            if op_named(name).kind in (Kind.MOVE, Kind.SPLIT) and name not in _CODES_OWN
-        },
+        **dict.fromkeys(_COPIES, Cost(3.0, 0.12)),
+        **dict.fromkeys(_VIEWS, Cost(2.0, 0.0)),
+        **_ACTIVATIONS,
     },
 )
 

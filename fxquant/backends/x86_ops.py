@@ -74,6 +74,55 @@ class PairCodes(nn.Module):
         return f"{self.name}{'+relu' if self.relu else ''}, {self.a}, {self.b} -> {self.writes}"
 
 
+class GateCodes(PairCodes):
+    """``quantize(real(a) * real(gate))`` of pictures and one number for each of their channels.
+
+    The gate of squeeze-and-excitation. For a sample it is a batch norm without a shift, which has
+    a kernel on codes: 34 us against 114 for 240 channels of 28 x 28 (two threads).
+    """
+
+    def __init__(self, a: QType, b: QType, writes: QType) -> None:
+        super().__init__("mul", False, a, b, writes)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Codes, ``[batch, channels, height, width]`` and ``[batch, channels, 1, 1]``."""
+        swapped = a.numel() < b.numel()
+        large, gates = (b, a) if swapped else (a, b)
+        read, gate = (self.b, self.a) if swapped else (self.a, self.b)
+        if not _is_gated(large, gates):
+            return super().forward(a, b)
+        large = large.contiguous(memory_format=torch.channels_last)
+        factors = gates.flatten(1).float().sub_(gate.zero_point).mul_(gate.scale)
+        zeros, ones = factors.new_zeros(factors.shape[1]), factors.new_ones(factors.shape[1])
+        parts = [
+            _ONEDNN.qbatch_norm2d(
+                sample,
+                read.scale,
+                read.zero_point,
+                factor,
+                zeros,
+                zeros,
+                ones,
+                0.0,
+                self.writes.scale,
+                self.writes.zero_point,
+                self.writes.dtype,
+            )
+            for sample, factor in zip(large.split(1), factors.unbind(), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+_LARGE: Final = 8192
+"""How many codes a sample must have to be worth a call of its own."""
+
+
+def _is_gated(large: Tensor, gates: Tensor) -> bool:
+    if large.dim() != 4 or gates.shape != (*large.shape[:2], 1, 1) or large.numel() == 0:
+        return False
+    return large.numel() >= _LARGE * large.shape[0] and not torch.compiler.is_compiling()
+
+
 class NormCodes(nn.Module):
     """A batch norm alone: ``quantize(real(codes) * scale + shift)``, one pair per channel.
 

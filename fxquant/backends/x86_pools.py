@@ -37,9 +37,9 @@ class MaxPoolCodes(nn.Module):
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         super().__init__()
         self.rank, self.options = rank, options
-        kernel = _each(options["kernel_size"], rank)
-        stride = _each(options["stride"] or kernel, rank)
-        dilation, padding = _each(options["dilation"], rank), _each(options["padding"], rank)
+        kernel = each(options["kernel_size"], rank)
+        stride = each(options["stride"] or kernel, rank)
+        dilation, padding = each(options["dilation"], rank), each(options["padding"], rank)
         self._steps = tuple(zip(kernel, stride, dilation, padding, strict=True))
         self._has_kernel = rank == 2 and has_max_pool()
 
@@ -96,7 +96,8 @@ def has_max_pool() -> bool:
     return found.dtype == torch.uint8 and torch.equal(found.float(), wanted)
 
 
-def _each(value: Any, rank: int) -> tuple[int, ...]:
+def each(value: Any, rank: int) -> tuple[int, ...]:
+    """A size for every dimension, whether one was given or as many as there are."""
     given = (value,) if isinstance(value, int) else tuple(value)
     return given * rank if len(given) == 1 else given
 

@@ -72,19 +72,35 @@ def quantize_bounded(
             quant_max=quant_max,
             dtype=dtype,
         )
+    # Compilers know neither the kernel nor what is kept.
+    compiled = torch.compiler.is_compiling()
+    made = None if compiled else codes_between(x, _ends(scale, zero_point))
+    return quantize(x, scale, zero_point, quant_min, quant_max, dtype) if made is None else made
+
+
+def codes_between(x: Tensor, ends: Tensor) -> Tensor | None:
+    """The codes of ``x`` in one pass; ``None`` where the kernel does not take it.
+
+    Args:
+        x: any shape and strides; no number further than ``2**30`` codes from ``ends``.
+        ends: float32 ``[1, 2]``, the numbers of the codes 0 and 255.
+
+    Example:
+        >>> codes_between(torch.arange(3.0), torch.tensor([[0.0, 255.0]])) is None  # too few
+        True
+    """
     # Compilers and fake tensors do not know the kernel.
     plain = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
     kernel = byte_kernel() if plain and x.is_cpu and x.dtype in _READS else None
     order = None if kernel is None else _order(x)
     if kernel is None or order is None:
-        return quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+        return None
     x = x.detach()
     dense = x.permute(order) if order else x
     width = _width(dense)
     if not width or width % _BLOCK:
-        return quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+        return None
     rows = dense.reshape(-1, width).to(torch.float32)
-    ends = _ends(scale, zero_point)
     codes = kernel(rows, ends if len(rows) == 1 else ends.expand(len(rows), 2))
     made = codes[:, :width].contiguous().view(dense.shape)
     return made.permute([order.index(dim) for dim in range(x.dim())]) if order else made

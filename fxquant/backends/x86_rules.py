@@ -1,12 +1,14 @@
 """Lowering of ops without an integer weight to the x86 backend.
 
 quantize(dequantize(x) + dequantize(y))      ->  PairCodes(x, y)
+quantize(dequantize(x) * dequantize(gate))   ->  GateCodes(x, gate), one number a channel
 quantize(f(dequantize(x)))                   ->  TableCodes(x), any f of one element
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -24,12 +26,13 @@ from fxquant.backends.rule_parts import (
 )
 from fxquant.backends.x86_layer_rules import codes_type, put
 from fxquant.backends.x86_ops import (
+    GateCodes,
     NormCodes,
     PairCodes,
     TableCodes,
 )
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import rescaled_by
+from fxquant.graph.flow import gates, rescaled_by
 from fxquant.graph.info import QType, info
 from fxquant.graph.op_table import argument, is_op, module_of, op_named, op_of
 from fxquant.numerics.lut import make_table
@@ -57,6 +60,21 @@ def _lower_pair(match: Match, editor: Editor) -> None:
     alpha = float(argument(node, "alpha")) if name != "mul" else 1.0
     a, b = codes_type(match.node("dq")), codes_type(match.node("dq2"))
     put_op(match, editor, PairCodes(name, relu, a, b, writes_of(match), alpha), "dq", "dq2")
+
+
+def is_gate(match: Match) -> Reject | None:
+    """One operand is a picture, the other has one number for each of its channels."""
+    shapes = sorted(
+        (info(match.node(name)).shape or () for name in ("dq", "dq2")), key=math.prod, reverse=True
+    )
+    if not gates(shapes[0], shapes[1]):
+        return Reject("it is no product with one number a channel", match.node("op"))
+    return None
+
+
+def _lower_gate(match: Match, editor: Editor) -> None:
+    a, b = codes_type(match.node("dq")), codes_type(match.node("dq2"))
+    put_op(match, editor, GateCodes(a, b, writes_of(match)), "dq", "dq2")
 
 
 def to_qparams(qtype: QType) -> QParams:
@@ -166,6 +184,13 @@ OP_RULES: Final = (
         _lower_pair,
         (options_are_constant,),
         priority=10,
+    ),
+    Rule(
+        "x86-gate",
+        quantized(op("mul", dequantized("dq", "x"), dequantized("dq2", "y"), name="op")),
+        _lower_gate,
+        (is_gate, full_codes),
+        priority=15,
     ),
     Rule(
         "x86-table",

@@ -84,6 +84,23 @@ def gives_indices(node: Node) -> bool:
     return maker is not None and maker.kind is Kind.PICK and bool(node.args[1] != 0)
 
 
+def gates(picture: tuple[int, ...], gate: tuple[int, ...]) -> bool:
+    """Whether a tensor has one number for each channel of a picture: squeeze-and-excitation's.
+
+    Args:
+        picture: the shape of what it is multiplied with.
+        gate: its shape.
+
+    Example:
+        >>> gates((2, 8, 7, 7), (2, 8, 1, 1)), gates((2, 8, 7, 7), (2, 1, 7, 7))
+        (True, False)
+    """
+    return len(picture) == _PICTURE and gate == (*picture[:2], 1, 1) and picture != gate
+
+
+_PICTURE: Final = 4
+
+
 def rescaled_by(node: Node) -> float | None:
     """The factor of a product with a positive number: the same codes, with another scale.
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from torch.fx import Node
 
-from fxquant.backends.base import MEASURED, Costs
+from fxquant.backends.base import GATE, GELU_TANH, MEASURED, Costs
 from fxquant.graph.edit import Editor
-from fxquant.graph.flow import Flow, gives_indices, rescaled_by, root_of, wanted_int8
+from fxquant.graph.flow import Flow, gates, gives_indices, rescaled_by, root_of, wanted_int8
 from fxquant.graph.info import Decision, info
-from fxquant.graph.op_table import op_of
+from fxquant.graph.op_table import argument, is_op, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.verify import Stage
 from fxquant.graph.view import Unit, tensor_sources, what
@@ -136,12 +136,12 @@ class _Cut:
 
     def _both(self, unit: Unit) -> tuple[float, float]:
         """Microseconds of a unit on codes and in float, without conversions."""
-        output, name = unit.output, what(unit.head)
+        output, name = unit.output, _costed(unit.head)
         size = max((_size(n) for n in (output, *(e.source for e in unit.inputs))), default=0)
         batch = info(output).shape or ()
         work = (size, info(unit.head).macs or 0, math.prod(batch[:-2]))
         rest = [n for n in unit.nodes if n is not unit.head]
-        extra = sum(self._costs.real(what(n)).of(size) for n in rest)
+        extra = sum(self._costs.real(_costed(n)).of(size) for n in rest)
         # A scaled value has the codes of its source: nothing is computed.
         on_codes = "getitem" if rescaled_by(unit.head) is not None else name
         return self._costs.codes(on_codes).of(*work), self._costs.real(name).of(*work) + extra
@@ -171,6 +171,8 @@ class _Cut:
         self._edge(codes, maker, self._costs.quantize.of(size))
         self._edge(maker, real, leave)
         for user in value.users:
+            if _asks(user):
+                continue  # a size is the same on either side
             if gives_indices(user) or (op_of(user) and value not in tensor_sources(user)):
                 continue  # indices are read in either form; masks and indices are no codes
             reader = self._reader(user)
@@ -208,6 +210,26 @@ class _Cut:
                 self._net[source][target]["capacity"] = old + capacity
         else:
             self._net.add_edge(source, target, capacity=capacity)
+
+
+def _costed(node: Node) -> str:
+    """The name under which an op's costs are listed."""
+    if is_op(node, "gelu") and argument(node, "approximate") == "tanh":
+        return GELU_TANH
+    if is_op(node, "mul"):
+        shapes = sorted(map(_shape, tensor_sources(node)), key=math.prod, reverse=True)
+        return GATE if len(shapes) > 1 and gates(shapes[0], shapes[1]) else "mul"
+    return what(node)
+
+
+def _shape(value: Node) -> tuple[int, ...]:
+    return info(value).shape or info(root_of(value)).shape or ()
+
+
+def _asks(user: Node) -> bool:
+    """Whether an op asks for a size, a dtype or a device, and reads no element."""
+    op = op_of(user)
+    return (op is not None and op.kind is Kind.SHAPE) or user.target is getattr
 
 
 def _size(value: Node) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.backends.x86_ops import NormCodes, PairCodes, TableCodes
+from fxquant.backends.x86_ops import GateCodes, NormCodes, PairCodes, TableCodes
 from fxquant.backends.x86_pools import AdaptiveMaxPoolCodes, MaxPoolCodes
 from fxquant.backends.x86_reduce import AverageCodes
 from fxquant.graph.info import QType
@@ -269,6 +269,117 @@ def test_averages_of_very_many_codes_do_not_drift() -> None:
     assert_within(AverageCodes("mean", options, reads, writes)(codes), exact, writes)
 
 
+GATES = ((1, 6, 40, 40), (3, 6, 40, 40), (2, 33, 17, 31), (1, 6, 8, 8), (2, 6, 3, 3), (1, 7, 1, 1))
+
+
+@pytest.mark.parametrize("first", (True, False), ids=("picture first", "gate first"))
+@pytest.mark.parametrize("zeros", ((120, 0), (0, 200), (255, 130)), ids=str)
+@pytest.mark.parametrize("shape", GATES, ids=str)
+def test_gates_match_float64(shape: tuple[int, ...], zeros: tuple[int, int], first: bool) -> None:
+    """Gates of either sign, and as large as can be; each sample has its own."""
+    types = (uint8(0.05, zeros[0]), uint8(0.004, zeros[1]))
+    a = some_codes(*shape)
+    b = some_codes(*shape[:2], 1, 1, seed=1)
+    exact = real(a, types[0]) * real(b, types[1])
+    writes = fitting(exact, 99)
+    op = GateCodes(*types, writes) if first else GateCodes(types[1], types[0], writes)
+    made = op(a, b) if first else op(b, a)
+    assert_within(made, exact, writes)
+    spread = a.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(op(spread, b) if first else op(b, spread), made)
+
+
+def test_every_code_with_every_gate() -> None:
+    every = torch.arange(256).to(torch.uint8)
+    a = every.view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
+    b = every.view(1, 256, 1, 1)
+    types = (uint8(0.05, 128), uint8(0.031, 3))
+    exact = real(a, types[0]) * real(b, types[1])
+    writes = fitting(exact, 120)
+    assert_within(GateCodes(*types, writes)(a, b), exact, writes)
+
+
+def test_gates_of_other_shapes_are_products_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = (uint8(0.05, 120), uint8(0.004, 7))
+    shapes = ((2, 6, 40, 40), (2, 1, 40, 40), (1, 6, 1, 1), (6, 1, 1), (2, 6, 1, 40), (40,))
+    a = some_codes(2, 6, 40, 40)
+    for shape in shapes:
+        b = some_codes(*shape, seed=1)
+        exact = real(a, types[0]) * real(b, types[1])
+        writes = fitting(exact, 99)
+        assert_within(GateCodes(*types, writes)(a, b), exact, writes)
+    assert GateCodes(*types, uint8())(a[:0], some_codes(0, 6, 1, 1)).shape == (0, 6, 40, 40)
+
+
+WINDOWS: tuple[dict[str, Any], ...] = (
+    {"kernel_size": 2},
+    {"kernel_size": (2, 3), "stride": (1, 2)},
+    {"kernel_size": 3, "stride": 1, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": (1, 0)},
+    {"kernel_size": 2, "divisor_override": 3},
+    {"kernel_size": 3, "padding": 1, "divisor_override": 7, "count_include_pad": False},
+    {"kernel_size": 5, "stride": 5},
+)
+
+
+@pytest.mark.parametrize("zero", (0, 131, 255))
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_averages_of_windows_are_convolutions(window: dict[str, Any], zero: int) -> None:
+    reads, codes = uint8(0.05, zero), some_codes(1, 32, 48, 47)
+    options = avg_options(**window)
+    exact = F.avg_pool2d(real(codes, reads), **options)
+    writes = fitting(exact, {0: 0, 131: 99, 255: 255}[zero])
+    op = AverageCodes("avg_pool2d", options, reads, writes)
+    made = op(codes)
+    assert list(op._convs) == [32], "it ran as a convolution"
+    assert_within(made, exact, writes)
+    # Other shapes, and copies, which make the convolution anew.
+    assert_within(
+        op(codes[:, :, :40]), F.avg_pool2d(real(codes[:, :, :40], reads), **options), writes
+    )
+    assert torch.equal(copy.deepcopy(op)(codes), made)
+    assert not op.state_dict()
+
+
+@pytest.mark.parametrize(
+    "window",
+    (
+        {"kernel_size": 3, "ceil_mode": True},
+        {"kernel_size": 3, "padding": 1, "count_include_pad": False},
+        {"kernel_size": 7},
+    ),
+    ids=str,
+)
+def test_other_windows_are_averaged_in_float(window: dict[str, Any]) -> None:
+    reads, codes = uint8(0.05, 131), some_codes(1, 32, 48, 47)
+    options = avg_options(**window)
+    exact = F.avg_pool2d(real(codes, reads), **options)
+    writes = fitting(exact, 99)
+    op = AverageCodes("avg_pool2d", options, reads, writes)
+    assert_within(op(codes), exact, writes)
+    assert not op._convs
+
+
+@pytest.mark.parametrize("ratio", (1.0, 0.5, 2.0, 1 / 3, 0.6))
+def test_averages_that_lie_on_ties_are_rounded_by_the_rule(ratio: float) -> None:
+    """With a simple ratio of scales every fourth average of 2 x 2 codes is a tie."""
+    reads, codes = uint8(0.05, 3), some_codes(4, 64, 2, 2)
+    writes = uint8(0.05 * ratio, 3)
+    made = AverageCodes("adaptive_avg_pool2d", {"output_size": 1}, reads, writes)(codes)
+    steps = (codes.float().mean((2, 3), keepdim=True) - 3) * (0.05 / writes.scale)
+    assert torch.equal(made, (steps.round() + 3).clamp(0, 255).to(torch.uint8))
+
+
+def test_a_few_averages_take_one_call() -> None:
+    reads, codes = uint8(0.05, 131), some_codes(2, 64, 7, 9)
+    exact = real(codes, reads).mean((2, 3), keepdim=True)
+    for zero in (0, 99, 255):
+        writes = fitting(exact, zero)
+        op = AverageCodes("adaptive_avg_pool2d", {"output_size": 1}, reads, writes)
+        assert op._ends is not None
+        assert_within(op(codes), exact, writes)
+
+
 # All of them
 
 
@@ -279,6 +390,7 @@ def every_op() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
         "kernel_size": 2, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
     }  # fmt: skip
     return {
+        "gate": (GateCodes(uint8(), uint8(), uint8(0.1, 3)), (image, image[:, :, :1, :1])),
         "pair": (PairCodes("mul", True, uint8(), uint8(), uint8(0.1, 3)), (image, image)),
         "norm": (NormCodes(torch.randn(6), torch.randn(6), uint8(), uint8(), True), (image,)),
         "table": (TableCodes(table, "mirror", uint8()), (image,)),
