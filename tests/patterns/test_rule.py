@@ -223,7 +223,15 @@ def test_provenance_of_all_matched_nodes_is_kept() -> None:
     assert set(info(node_of(module, "exp")).origins) == {"relu", "tanh"}
 
 
-FILES = ("norm.py", "scale_shift.py", "conv.py", "linear.py", "residual.py", "unary.py")
+FILES = (
+    "flattened.py",
+    "norm.py",
+    "scale_shift.py",
+    "conv.py",
+    "linear.py",
+    "residual.py",
+    "unary.py",
+)
 
 
 def test_built_in_rules_have_names_of_their_own_and_lines() -> None:
