@@ -12,7 +12,7 @@ from fxquant.backends import x86_row_codes
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_dynamic import X86DynamicLinear
 from fxquant.backends.x86_row_codes import RowCodes
-from fxquant.numerics.dynamic import byte_rows
+from fxquant.numerics.dynamic import byte_rows, byte_scales
 from fxquant.spec import ROWS, QSpec
 
 SYMMETRIC = QSpec("int8", symmetric=True, granularity="row", observer="runtime")
@@ -141,3 +141,22 @@ def test_short_rows_are_bare_where_tiles_are_multiplied(
         assert torch.equal(bare[:, :width], whole[:, :width])
     assert found(x)[0].shape == (5, width + found.extra)
     assert found(x)[0].is_contiguous()
+
+
+def test_usual_rows_have_the_scales_of_the_rule_bit_for_bit() -> None:
+    for seed, shift, size in ((0, 0.0, 1.0), (1, 5.0, 1e-4), (2, -3.0, 1e6), (3, 1.0, 1e-7)):
+        x = (rows(500, 64, seed=seed) + shift) * size
+        found = x86_row_codes._usual_scales(x)
+        assert found is not None
+        for made, wanted in zip(found, byte_scales(x, ROWS), strict=True):
+            assert torch.equal(made, wanted)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 3e38])
+def test_one_row_that_is_not_usual_sends_all_to_the_rule(number: float) -> None:
+    x = rows(5, 64)
+    assert x86_row_codes._usual_scales(x) is not None
+    x[3, 7] = number
+    assert x86_row_codes._usual_scales(x) is None
+    x[3] = 0.0
+    assert x86_row_codes._usual_scales(x) is None, "a row of zeros has the smallest scale"
