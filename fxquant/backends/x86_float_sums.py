@@ -20,7 +20,7 @@ from fxquant.backends.x86_layers import PostOp, X86LinearAdd
 from fxquant.graph.edit import Editor
 from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info
-from fxquant.graph.op_table import is_op, op_of
+from fxquant.graph.op_table import is_op, module_of, op_of
 from fxquant.graph.ops import Kind
 from fxquant.graph.tied import tied_of
 from fxquant.patterns.boundary import DEQUANTIZE, QUANTIZE
@@ -83,7 +83,9 @@ def _lower(match: Match, editor: Editor) -> None:
     overwrites = may_overwrite(other, match.root)
     reads = codes_type(match.node("dq"))
     parts = tensors_of(layer, editor)
-    module = X86LinearAdd(*parts, reads, None, PostOp(), overwrites=overwrites)
+    near = (other, *other.users)
+    seen_by = [module_of(node) for node in near if node.op == "call_module" and overwrites]
+    module = X86LinearAdd(*parts, reads, None, PostOp(), overwrites=overwrites, seen_by=seen_by)
     if "cast" in match.bound:
         module.write_real(torch.bfloat16)
     path = str(match.bound["w"].target).rpartition(".")[0]

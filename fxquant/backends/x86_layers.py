@@ -8,13 +8,14 @@ which the plain one can be had back: two forms of a weight would be half as larg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fxquant.backends.x86_conv_plan import Geometry, Plan, first_column, plan_of
 from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, unpacks_exactly
@@ -354,12 +355,18 @@ class X86LinearAdd(X86Linear):
         args: those of a plain linear.
         overwrites: whether the memory of ``other`` is free afterwards; writing over it saves half
             of what is left of an addition of its own.
+        seen_by: the modules that make or read ``other``. While one of them has a hook, which may
+            have kept it, nothing is overwritten.
         kwargs: those of a plain linear.
     """
 
-    def __init__(self, *args: Any, overwrites: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, overwrites: bool, seen_by: Sequence[nn.Module] = (), **kwargs: Any
+    ) -> None:
         self.overwrites = overwrites
         super().__init__(*args, **kwargs)
+        # In a tuple they are no submodules: they have their own places in the model.
+        self._seen_by = tuple(seen_by)
 
     def pack(self) -> None:
         """As for a plain linear; and the arguments that follow ``other``, for either way to add."""
@@ -380,10 +387,16 @@ class X86LinearAdd(X86Linear):
         if not fits or (tracked and other.requires_grad):
             return super().forward(codes) + other
         total = other.contiguous()
-        free = total is not other or (self.overwrites and not tracked)
+        spare = self.overwrites and not tracked and not self._is_hooked()
+        free = total is not other or spare
         ending = self._endings[free and not torch.compiler.is_compiling()]
         result: Tensor = _ONEDNN.qlinear_pointwise.binary(codes, *self._head, total, *ending)
         return result
+
+    def _is_hooked(self) -> bool:
+        near = (self, *self._seen_by)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in near)
+        return hooked or bool(_has_any_global_hook())
 
 
 _OTHER: Final = 5

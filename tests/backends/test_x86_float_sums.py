@@ -6,12 +6,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_forward_hook
 
 import fxquant
 from fxquant.backends import x86_float_sums
@@ -332,6 +334,44 @@ def test_lowered_sums_compile() -> None:
         compiled = torch.compile(made, backend="aot_eager", fullgraph=True)(x)
         # Compiled graphs quantize by the rule: a code here and there.
         assert float((compiled - made(x)).abs().mean()) <= 1e-3 * float(compiled.abs().max())
+
+
+@pytest.mark.parametrize("where", ["norm", "second"])
+@pytest.mark.parametrize("kind", ["after", "before", "global"])
+def test_what_hooks_keep_is_not_overwritten(where: str, kind: str) -> None:
+    made, x = lowered(pre_norm), torch.randn(4, 6, WIDTH)
+    twin = copy.deepcopy(made)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(value: Tensor) -> None:
+        kept.append((value, value.clone()))
+
+    for model in (made, twin):
+        kept.clear()
+        module = model.get_submodule(where)
+        if kind == "before":
+            handle = module.register_forward_pre_hook(lambda _, given: keep(given[0]))
+        elif kind == "after":
+            handle = module.register_forward_hook(lambda _, given, value: keep(value))
+        else:
+            handle = register_module_forward_hook(lambda _, given, value: keep(value))
+        with torch.no_grad():
+            wanted = model(x)
+        handle.remove()
+        assert kept and all(torch.equal(value, copied) for value, copied in kept)
+        with torch.no_grad():
+            assert torch.equal(model(x), wanted)
+    assert copy.deepcopy(made).state_dict().keys() == made.state_dict().keys()
+
+
+def test_without_hooks_memory_is_used_again() -> None:
+    made, x = lowered(pre_norm), torch.randn(4, 6, WIDTH)
+    layers = [module for module in made.modules() if isinstance(module, X86LinearAdd)]
+    with torch.no_grad(), mock.patch.object(X86LinearAdd, "_is_hooked", lambda _: True):
+        wanted = made(x)
+    with torch.no_grad():
+        assert torch.equal(made(x), wanted)
+    assert [layer._is_hooked() for layer in layers] == [False, False]
 
 
 def test_a_wrong_answer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
