@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fxquant.backends.x86_conv_plan import Geometry, Plan, first_column, plan_of
 from fxquant.backends.x86_packed import note_saved, saved_of, unpacked_linear, unpacks_exactly
@@ -396,8 +395,12 @@ class X86LinearAdd(X86Linear):
     def _is_hooked(self) -> bool:
         near = (self, *self._seen_by)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in near)
-        return hooked or bool(_has_any_global_hook())
+        return hooked or _GLOBAL_HOOK is None or bool(_GLOBAL_HOOK())
 
 
+_GLOBAL_HOOK: Final[Callable[[], bool] | None] = getattr(
+    nn.modules.module, "_has_any_global_hook", None
+)
+"""Whether there is a hook on all modules; torch keeps the question to itself."""
 _OTHER: Final = 5
 """The place of what is added among the arguments of the kernel: after the weight's."""

@@ -46,7 +46,7 @@ def quantize_bounded(
 ) -> Tensor:
     """Return what :func:`fxquant.numerics.affine.quantize` does, in one pass where it can.
 
-    Codes may differ by one where a number lies within ``2**-14`` steps of a half.
+    Codes may differ by one where a number lies within ``2**-13`` steps of a half.
 
     Args:
         x: any shape and strides; no number larger than ``2**30`` scales.
@@ -95,7 +95,10 @@ def codes_between(x: Tensor, ends: Tensor) -> Tensor | None:
     if kernel is None:
         return None
     x, count = x.detach(), x.numel()
-    if x.is_contiguous() and 0 < count <= _ALONE and count % _BLOCK == 0:
+    # By the size of a sample: who else is in the batch must not decide how one is rounded.
+    if count == 0 or (count // x.shape[0] if x.dim() > 1 else count) % _BLOCK:
+        return None
+    if x.is_contiguous() and count <= _ALONE:
         # What most are, without what costs others a few microseconds.
         one = kernel(x.reshape(1, count).to(torch.float32), ends)
         return one.narrow(1, 0, count).view(x.shape)
@@ -104,7 +107,7 @@ def codes_between(x: Tensor, ends: Tensor) -> Tensor | None:
         return None
     dense = x.permute(order) if order else x
     width = _width(dense)
-    if not width or width % _BLOCK:
+    if width % _BLOCK:
         return None
     rows = dense.reshape(-1, width).to(torch.float32)
     codes = kernel(rows, ends if len(rows) == 1 else ends.expand(len(rows), 2))

@@ -370,6 +370,18 @@ def test_averages_that_lie_on_ties_are_rounded_by_the_rule(ratio: float) -> None
     assert torch.equal(made, (steps.round() + 3).clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("side", (2, 7, 32))
+def test_averages_of_a_sample_do_not_depend_on_its_batch(side: int) -> None:
+    reads, codes = uint8(0.05, 131), some_codes(40, 16, side, side)
+    for name, options in (
+        ("avg_pool2d", avg_options()),
+        ("adaptive_avg_pool2d", {"output_size": 1}),
+        ("mean", {"dim": (2, 3), "keepdim": False}),
+    ):
+        op = AverageCodes(name, options, reads, uint8(0.0131, 120))
+        assert torch.equal(torch.cat([op(sample) for sample in codes.split(1)]), op(codes))
+
+
 def test_a_few_averages_take_one_call() -> None:
     reads, codes = uint8(0.05, 131), some_codes(2, 64, 7, 9)
     exact = real(codes, reads).mean((2, 3), keepdim=True)

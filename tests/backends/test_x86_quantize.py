@@ -130,6 +130,15 @@ def test_what_the_kernel_does_not_take_follows_the_rule(x: Tensor) -> None:
     assert torch.equal(quantize_bounded(x, SCALE, ZERO, *FULL), quantize(x, SCALE, ZERO, *FULL))
 
 
+@pytest.mark.parametrize("shape", [(32, 5, 31), (32, 1), (64, 3, 7, 7), (4, 40), (2, 3, 64)])
+def test_samples_do_not_depend_on_their_batch(shape: tuple[int, ...]) -> None:
+    """Numbers next to ties, which the kernel and the rule may round either way."""
+    x = (torch.randint(-90, 90, shape) + 0.5) * SCALE
+    whole = quantize_bounded(x, SCALE, ZERO, *FULL)
+    alone = [quantize_bounded(sample, SCALE, ZERO, *FULL) for sample in x.split(1)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
 def test_without_the_kernel_the_rule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86_quantize, "byte_kernel", lambda: None)
     x = numbers(64, 64)
