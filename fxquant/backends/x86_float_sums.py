@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from fxquant.backends.layer_parts import codes_node, tensors_of
 from fxquant.backends.x86_layer_rules import codes_type, kernel_takes, layer_expr, put
-from fxquant.backends.x86_layers import PostOp, X86LinearAdd
+from fxquant.backends.x86_layers import PostOp
+from fxquant.backends.x86_linear_add import X86LinearAdd
 from fxquant.graph.edit import Editor
 from fxquant.graph.held import held_tensor
 from fxquant.graph.info import info

@@ -8,7 +8,7 @@ which the plain one can be had back: two forms of a weight would be half as larg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -345,62 +345,3 @@ class X86LinearSum(X86Linear):
         total = other.contiguous()
         result: Tensor = self._kernel(codes, *self._head, total, *self._call)
         return result
-
-
-class X86LinearAdd(X86Linear):
-    """``linear(x) + other`` in float, with one rounding at its end.
-
-    Args:
-        args: those of a plain linear.
-        overwrites: whether the memory of ``other`` is free afterwards; writing over it saves half
-            of what is left of an addition of its own.
-        seen_by: the modules that make or read ``other``. While one of them has a hook, which may
-            have kept it, nothing is overwritten.
-        kwargs: those of a plain linear.
-    """
-
-    def __init__(
-        self, *args: Any, overwrites: bool, seen_by: Sequence[nn.Module] = (), **kwargs: Any
-    ) -> None:
-        self.overwrites = overwrites
-        super().__init__(*args, **kwargs)
-        # In a tuple they are no submodules: they have their own places in the model.
-        self._seen_by = tuple(seen_by)
-
-    def pack(self) -> None:
-        """As for a plain linear; and the arguments that follow ``other``, for either way to add."""
-        super().pack()
-        self._head = self._call[:_OTHER]
-        bias, out, post = self._call[_OTHER], self._output(), self._call[_OTHER + 4 :]
-        self._endings = {
-            overwrites: (bias, *out, 1.0, 0, "sum" if overwrites else "add", 1.0, *post)
-            for overwrites in (False, True)
-        }
-
-    def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
-        """One kernel call; ``other`` is float shaped as the result, or is added by torch."""
-        shape = (*codes.shape[:-1], self.weight_shape[0])
-        # Autograd does not see into the kernel.
-        tracked = torch.is_grad_enabled()
-        fits = other.dtype is self.real and other.shape == shape and codes.numel() > 0
-        if not fits or (tracked and other.requires_grad):
-            return super().forward(codes) + other
-        total = other.contiguous()
-        spare = self.overwrites and not tracked and not self._is_hooked()
-        free = total is not other or spare
-        ending = self._endings[free and not torch.compiler.is_compiling()]
-        result: Tensor = _ONEDNN.qlinear_pointwise.binary(codes, *self._head, total, *ending)
-        return result
-
-    def _is_hooked(self) -> bool:
-        near = (self, *self._seen_by)
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in near)
-        return hooked or _GLOBAL_HOOK is None or bool(_GLOBAL_HOOK())
-
-
-_GLOBAL_HOOK: Final[Callable[[], bool] | None] = getattr(
-    nn.modules.module, "_has_any_global_hook", None
-)
-"""Whether there is a hook on all modules; torch keeps the question to itself."""
-_OTHER: Final = 5
-"""The place of what is added among the arguments of the kernel: after the weight's."""

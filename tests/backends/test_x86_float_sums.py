@@ -19,7 +19,8 @@ import fxquant
 from fxquant.backends import x86_float_sums
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_float_sums import may_overwrite
-from fxquant.backends.x86_layers import PostOp, X86LinearAdd
+from fxquant.backends.x86_layers import PostOp
+from fxquant.backends.x86_linear_add import X86LinearAdd
 from fxquant.errors import VerifyError
 from fxquant.graph.op_table import is_op
 from tests.backends.lockstep import check_ops

@@ -218,6 +218,11 @@ def alive() -> dict[str, int]:
     return counts
 
 
+def more_than(before: dict[str, int]) -> dict[str, int]:
+    """What there is more of now; what other tests left (compilers' caches) may go at any time."""
+    return {kind: count for kind, count in alive().items() if count > before[kind]}
+
+
 def test_repeated_use_keeps_nothing_alive() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     data = [torch.randn(2, 3, 4, 4)]
@@ -226,7 +231,7 @@ def test_repeated_use_keeps_nothing_alive() -> None:
     before = alive()
     for _ in range(50):
         fxquant.quantize(model, data, backend="x86")
-    assert alive() == before
+    assert not more_than(before)
 
 
 def test_one_model_quantized_is_freed_with_everything_in_it() -> None:
@@ -234,4 +239,4 @@ def test_one_model_quantized_is_freed_with_everything_in_it() -> None:
     q = quantized("x86")
     assert alive()["X86Layer"] > before["X86Layer"]
     del q
-    assert alive() == before
+    assert not more_than(before)
