@@ -38,6 +38,7 @@ _WIDE: Final = 256
 _ALONE: Final = 2**17
 """Up to so many numbers one row is faster: one thread, and no copy without the eight bytes."""
 _READS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
 _MOST_CODES: Final = 2.0**30
 
 
@@ -81,6 +82,8 @@ def quantize_bounded(
 def codes_between(x: Tensor, ends: Tensor) -> Tensor | None:
     """The codes of ``x`` in one pass; ``None`` where the kernel does not take it.
 
+    Compilers do not know the kernel: it is for the caller to ask whether one is at work.
+
     Args:
         x: any shape and strides; no number further than ``2**30`` codes from ``ends``.
         ends: float32 ``[1, 2]``, the numbers of the codes 0 and 255.
@@ -89,9 +92,9 @@ def codes_between(x: Tensor, ends: Tensor) -> Tensor | None:
         >>> codes_between(torch.arange(3.0), torch.tensor([[0.0, 255.0]])) is None  # too few
         True
     """
-    # Compilers and fake tensors do not know the kernel.
-    plain = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
-    kernel = byte_kernel() if plain and x.is_cpu and x.dtype in _READS else None
+    # Nor do fake tensors.
+    plain = type(x) in _PLAIN and x.dtype in _READS and x.is_cpu
+    kernel = byte_kernel() if plain else None
     if kernel is None:
         return None
     x, count = x.detach(), x.numel()
