@@ -156,7 +156,8 @@ class _Bounds:
 
     def _matmul(self, node: Node, depth: int) -> float | None:
         weights = node.args[0]
-        while is_op(weights, "cast", "reshape", "expand", "contiguous", "clone"):
+        # Not through views: they may change what is added up.
+        while is_op(weights, "cast", "contiguous", "clone"):
             weights = weights.args[0]  # type: ignore[union-attr]  # is_op asks
         averages = is_op(weights, "softmax") and argument(weights, "dim") == -1  # type: ignore[arg-type]  # is_op asks
         return self.of(node.args[1], depth) if averages else None

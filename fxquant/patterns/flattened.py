@@ -41,10 +41,10 @@ def restores(match: Match) -> Reject | None:
     Then there are as many rows as before, and so they are the same: the last dimension, which the
     linear reads, is what it was.
     """
-    shape, source = argument(match.root, "shape"), match.bound["x"]
-    width = module_of(match.node("layer")).out_features
-    if not isinstance(source, Node) or match.node("layer").op != "call_module":
+    shape, source, layer = argument(match.root, "shape"), match.bound["x"], match.node("layer")
+    if not isinstance(source, Node) or layer.op != "call_module":
         return Reject("the weight of the layer is computed", match.root)
+    width = module_of(layer).out_features
     if _is_sum(shape, source, width) or _is_spelled(shape, source, width):
         return None
     return Reject(

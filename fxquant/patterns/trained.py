@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxquant.graph.edit import Editor
 from fxquant.graph.op_table import is_op, module_of
-from fxquant.patterns import conv, linear, residual, unary
+from fxquant.patterns import conv, flattened, linear, residual, unary
 from fxquant.patterns.expr import OpExpr, op, var
 from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.norm import CONVS, LINEAR, TRANSPOSED, channels_agree, normalizes_features
@@ -73,6 +73,7 @@ TRAINING_RULES: Final[tuple[Rule, ...]] = (
     Rule("layer-bn-act", op(ACTIVATIONS, _normed(_ALL)), join, _CHECKS, priority=10),
     Rule("layer-bn-add", _sum(), join, _SUM_CHECKS, priority=10),
     Rule("layer-bn-add-relu", op("relu", _sum()), join, _SUM_CHECKS, priority=10),
+    *flattened.RULES,
     *conv.RULES,
     *linear.RULES,
     *residual.RULES,

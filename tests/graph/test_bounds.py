@@ -141,6 +141,9 @@ UNKNOWN: dict[str, Body] = {
     "a reciprocal": lambda m, x: 1.0 / m.norm(x),
     "a product of matrices": lambda m, x: m.norm(x) @ m.norm(x).mT,
     "softmax over the other dimension": lambda m, x: (x @ x.mT).softmax(dim=1) @ m.norm(x),
+    "weights that were regrouped": lambda m, x: (
+        (x @ x.mT).softmax(dim=-1).reshape(2, 1, 9) @ m.norm(x).repeat(1, 3, 1)
+    ),
     "attention over the input": lambda m, x: F.scaled_dot_product_attention(m.norm(x), x, x),
     "an infinite fill": lambda m, x: m.norm(x).masked_fill(x > 0, -math.inf),
     "a fill that is computed": lambda m, x: m.norm(x).masked_fill(x > 0, x.max()),

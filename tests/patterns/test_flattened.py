@@ -155,3 +155,13 @@ def test_an_override_of_the_layer_counts() -> None:
     made = fxquant.quantize(model, [X], overrides={nn.Linear: "weight-only-int8"})
     (op,) = fxquant.report(made).ops
     assert op.stored
+
+
+def test_models_in_training_lose_the_views_too() -> None:
+    torch.manual_seed(0)
+    model = model_of(lambda m, x: m.act(lead_and_width(m, x)))
+    prepared = fxquant.prepare(model, mode="qat", example_inputs=(X,))
+    prepared.train()(X).sum().backward()
+    converted = fxquant.convert(prepared.eval())
+    assert [op.op for op in fxquant.report(converted).ops] == ["linear+gelu"]
+    assert fxquant.verify(prepared, converted, [X]).ok
