@@ -27,7 +27,7 @@ from fxquant.arguments import (
     tensor_example,
 )
 from fxquant.backends.base import Availability
-from fxquant.building import Wishes, build, lower
+from fxquant.building import Wishes, build, let_run, lower
 from fxquant.calibration.example import run_example
 from fxquant.collector import collector_paused
 from fxquant.custom.collect import Patterns, rules_of
@@ -333,6 +333,7 @@ def convert(
         check_coverage(made, min_coverage)
         check_half(made, converted)
         check_speed(prepared, converted, made)
+        let_run(converted, chosen)
     return converted
 
 

@@ -298,6 +298,21 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     return converted
 
 
+def let_run(converted: GraphModule, backend: Backend) -> None:
+    """Give a converted model, and its parts, the executor of its backend.
+
+    Args:
+        converted: what :func:`lower` made.
+        backend: what it was lowered for.
+    """
+    executor = backend.executor
+    if executor is None:
+        return
+    for module in converted.modules():
+        if isinstance(module, UserModule):
+            module.run_by(executor())
+
+
 def _submodule(module: GraphModule, place: str) -> GraphModule:
     found = module.get_submodule(place)
     if not isinstance(found, GraphModule):

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxquant.graph.op_table import op_named, op_names
 from fxquant.graph.ops import Kind
+from fxquant.graph.user_class import Executor
 from fxquant.patterns.rule import Rule
 
 
@@ -300,6 +301,10 @@ class Backend(Protocol):
     @property
     def cpu_only(self) -> bool:
         """Whether its models run on the CPU and nowhere else."""
+
+    @property
+    def executor(self) -> Callable[[], Executor] | None:
+        """What makes the executor of a lowered model; ``None`` where its graph's code is run."""
 
     def missing(self) -> str | None:
         """Why it cannot run here, or ``None``."""

@@ -28,6 +28,7 @@ from fxquant.backends.layer_parts import tensors_of, weight_of
 from fxquant.backends.x86_dynamic_rules import at_run_time, call_layer, spec_of
 from fxquant.backends.x86_weight_only import WEIGHT_ONLY_RULES
 from fxquant.graph.edit import Editor
+from fxquant.graph.user_class import Executor
 from fxquant.numerics.dynamic import byte_rows
 from fxquant.patterns.match import Match, Reject
 from fxquant.patterns.rule import Rule
@@ -181,6 +182,7 @@ class Cuda:
     modules: Mapping[type[nn.Module], Callable[..., nn.Module]] = field(default_factory=dict)
     costs: Costs = MEASURED
     cpu_only: bool = False
+    executor: Callable[[], Executor] | None = None
     saturates_pairs: bool = False
     reads_unsigned: bool = False
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from fxquant.backends.base import MEASURED, Costs
 from fxquant.backends.half_convs import PLANNED
+from fxquant.graph.user_class import Executor
 from fxquant.patterns.rule import Rule
 
 
@@ -29,6 +30,7 @@ class Reference:
     saturates_pairs: bool = False
     reads_unsigned: bool = False
     cpu_only: bool = False
+    executor: Callable[[], Executor] | None = None
 
     def missing(self) -> str | None:
         """It runs everywhere."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxquant.backends.base import MEASURED, WITHOUT_VNNI, Costs
 from fxquant.backends.half_convs import PLANNED
+from fxquant.backends.programs.programs import Programs
 from fxquant.backends.x86_attention import ATTENTION_RULES
 from fxquant.backends.x86_dynamic_products import DYNAMIC_PRODUCT_RULES
 from fxquant.backends.x86_dynamic_rules import DYNAMIC_RULES
@@ -27,6 +28,7 @@ from fxquant.backends.x86_rules import OP_RULES
 from fxquant.backends.x86_stacked import STACKED_RULES
 from fxquant.backends.x86_unit_rules import UNIT_RULES
 from fxquant.backends.x86_weight_only import INT4_RULES, WEIGHT_ONLY_RULES
+from fxquant.graph.user_class import Executor
 from fxquant.numerics.integer_recurrent import IntegerRecurrent
 from fxquant.patterns.rule import Rule
 
@@ -62,6 +64,7 @@ class X86:
     costs: Costs = field(default_factory=lambda: MEASURED if has_vnni() else WITHOUT_VNNI)
 
     cpu_only: bool = True
+    executor: Callable[[], Executor] = Programs
 
     @property
     def saturates_pairs(self) -> bool:

@@ -8,11 +8,12 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import PythonCode
 
 from fxquant.errors import ConfigError, LoadError
 from fxquant.graph.containers import can_be_imported, class_name, class_named
@@ -29,6 +30,23 @@ _KEPT: Final = "_user_preserved_attributes"
 
 
 _SEALED: Final = "fxquant_sealed"
+_EXECUTOR: Final = "fxquant_executor"
+
+
+class Executor(Protocol):
+    """Runs a graph module in its own way. Copies and pickles of it begin anew."""
+
+    def __call__(
+        self,
+        module: GraphModule,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What ``forward``, the graph's own code, returns for these arguments."""
+
+    def forget(self) -> None:
+        """The graph is another one."""
 
 
 class UserModule(GraphModule):
@@ -42,6 +60,20 @@ class UserModule(GraphModule):
             cpu_only: whether that runs on the CPU only.
         """
         self.meta[_SEALED] = (backend, cpu_only)
+
+    def run_by(self, executor: Executor) -> None:
+        """Let ``executor`` run it; it is part of copies and pickles."""
+        self.meta[_EXECUTOR] = executor
+
+    def recompile(self) -> PythonCode:
+        """Make code of the graph, as of any graph module."""
+        made = super().recompile()
+        kind = type(self)  # torch.fx makes a class for every graph module
+        kind.forward = _executed(kind.forward)
+        executor = self.__dict__.get("meta", {}).get(_EXECUTOR)
+        if executor is not None:
+            executor.forget()
+        return made
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; what is converted goes on computing as in evaluation mode."""
@@ -110,6 +142,19 @@ class UserModule(GraphModule):
         held: dict[str, Any] = {**arguments[0], READS: reads}
         given = (type(self).__name__, rebuild, (held, *arguments[1:]), _known(self.graph))
         return restored, given
+
+
+def _executed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` of a graph module, run by its executor if it has one."""
+
+    @functools.wraps(forward)
+    def run(self: UserModule, *args: Any, **kwargs: Any) -> Any:
+        executor = self.meta.get(_EXECUTOR)
+        if executor is None or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        return executor(self, functools.partial(forward, self), args, kwargs)
+
+    return run
 
 
 def _in_own_dtype(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -1,0 +1,368 @@
+"""Records which operators a call of a model makes, on which of its tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxquant.graph.dispatch import QuietMode
+
+MOST_STEPS: Final = 20_000
+"""Calls of one recording; a model of more is better left as it is."""
+
+_LITERALS: Final = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+_READ_BY_PYTHON: Final = ("aten::_pack_padded_sequence",)
+"""Operators whose results Python reads past every mode: ``batch_sizes.tolist()``."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of a recording: an input, one that the model holds, or a result. Or an answer.
+
+    Args:
+        number: inputs come first, in their order.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an operator.
+
+    Args:
+        op: the operator.
+        args: by place, with a :class:`Value` for each tensor.
+        kwargs: by name.
+        results: what it returns; of a list its items.
+        several: whether it returns a list or a tuple.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Value, ...]
+    several: bool
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        """The tensors that it is given."""
+        return tuple(values_in((self.args, self.kwargs)))
+
+    @property
+    def pure(self) -> bool:
+        """Whether nothing but its results comes of it, and the same ones every time."""
+        return is_pure(self.op) and torch.Tag.nondeterministic_seeded not in self.op.tags
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All calls of operators that one call of a model made.
+
+    Args:
+        inputs: the tensors it was given.
+        held: the tensors that the model holds.
+        tensors: these, in the order of ``held``.
+        steps: in order.
+        answers: what operators said of numbers in tensors, and Python went on from.
+        results: leaves of what it returned, with a :class:`Value` for each tensor.
+        structure: how these stand in it.
+    """
+
+    inputs: tuple[Value, ...]
+    held: tuple[Value, ...]
+    tensors: tuple[Tensor, ...]
+    steps: tuple[Step, ...]
+    answers: dict[Value, bool]
+    results: tuple[Any, ...]
+    structure: pytree.TreeSpec
+
+    def agrees(self, other: Recording) -> bool:
+        """Whether another call made the same calls of operators, on the same held tensors."""
+        return (
+            self.inputs == other.inputs
+            and self.held == other.held
+            and all(map(_is, self.tensors, other.tensors))
+            and self.steps == other.steps
+            and self.answers == other.answers
+            and self.results == other.results
+            and self.structure == other.structure
+        )
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def values_in(nest: Any) -> Iterator[Value]:
+    """All values in tuples, lists and dictionaries.
+
+    Example:
+        >>> [value.number for value in values_in(([Value(1), 2], {"a": Value(3)}))]
+        [1, 3]
+    """
+    if isinstance(nest, Value):
+        yield nest
+    elif isinstance(nest, tuple | list):
+        for item in nest:
+            yield from values_in(item)
+    elif isinstance(nest, dict):
+        yield from values_in(tuple(nest.values()))
+
+
+def is_pure(op: Any) -> bool:
+    """Whether an operator does nothing but return something, as far as torch says.
+
+    Operators from outside ``aten`` do not always say what they write to: oneDNN's sums do not.
+    """
+    return op.namespace == "aten" and not op._schema.is_mutable
+
+
+def record(run: Callable[[], Any], leaves: list[Tensor]) -> tuple[Any, Recording | str]:
+    """Run something, and record the operators that it calls.
+
+    Args:
+        run: computes with ``leaves`` and tensors that it holds, by operators of torch.
+        leaves: its inputs.
+
+    Returns:
+        What it returned; and the recording, or why running that again would not be the same.
+
+    Example:
+        >>> x = torch.tensor([1.0, -2.0])
+        >>> [step.op.name() for step in record(lambda: x.relu() + 1, [x])[1].steps]
+        ['aten::relu', 'aten::add.Tensor']
+        >>> list(record(lambda: x.relu() if x[0] > 0 else x, [x])[1].answers.values())
+        [True]
+        >>> record(lambda: x * float(x[0]), [x])[1]
+        'aten::_local_scalar_dense looks at the numbers in a tensor'
+    """
+    recorder = _Recorder(leaves)
+    with recorder:
+        made = run()
+    return made, recorder.finished(made)
+
+
+class _Numbers:
+    """Which tensor is which value, for as long as there is that tensor."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
+        self._memory: dict[Value, Value] = {}
+        self._looks: dict[Any, Value] = {}
+        self._count = 0
+
+    def fresh(self) -> Value:
+        """A value that is nothing yet."""
+        self._count += 1
+        return Value(self._count - 1)
+
+    def find(self, tensor: Tensor) -> Value | None:
+        """The value that this tensor is."""
+        found = self._known.get(id(tensor))
+        return None if found is None else found[0]
+
+    def memory(self, value: Value) -> Value:
+        """The first value that lay in the same memory."""
+        return self._memory[value]
+
+    def add(self, tensor: Tensor, among: tuple[Tensor, ...] = ()) -> Value:
+        """Number a tensor that was made of ``among``, or that came from elsewhere."""
+        value, place = self.fresh(), _storage(tensor)
+        sources = (self.find(other) for other in among if place and _storage(other) == place)
+        first = next((source for source in sources if source is not None), None)
+        self._memory[value] = value if first is None else self._memory[first]
+        self._looks.setdefault(self._look(value, tensor), value)
+        return self.name(tensor, value)
+
+    def name(self, tensor: Tensor, value: Value) -> Value:
+        """Let ``tensor`` be ``value`` too."""
+        key = id(tensor)
+        # Another tensor may come to lie where this one was.
+        gone = weakref.ref(tensor, lambda _: self._known.pop(key, None))
+        self._known[key] = (value, gone)
+        return value
+
+    def same_as(self, tensor: Tensor, source: Tensor) -> Value | None:
+        """The value that looks at the memory of ``source`` just as ``tensor`` does."""
+        known, place = self.find(source), _storage(tensor)
+        if known is None or not place or place != _storage(source):
+            return None
+        return self._looks.get(self._look(known, tensor))
+
+    def changed(self, tensor: Tensor) -> None:
+        """Its shape was changed in place: it looks otherwise at its memory from now on."""
+        value = self.find(tensor)
+        self._looks = {look: known for look, known in self._looks.items() if known != value}
+        if value is not None:
+            self._looks.setdefault(self._look(value, tensor), value)
+
+    def _look(self, value: Value, tensor: Tensor) -> Any:
+        if not _storage(tensor):
+            return value
+        bits = (tensor.dtype, tensor.is_neg(), tensor.is_conj())
+        shape = (tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._memory[value], bits, shape
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory it lies in; 0 for what has none, such as packed weights."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+class _Recorder(QuietMode):
+    """Notes calls of operators. It keeps no result alive."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._numbers = _Numbers()
+        self._inputs = tuple(
+            self._numbers.add(leaf, tuple(leaves[:i])) for i, leaf in enumerate(leaves)
+        )
+        self._kept = set(map(self._numbers.memory, self._inputs))
+        self._held: dict[Value, Tensor] = {}
+        self._answers: dict[Value, bool] = {}
+        self._steps: list[Step] = []
+        self._why = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call ``func``, and note that."""
+        named = kwargs or {}
+        if self._why:
+            return func(*args, **named)
+        given, by_name = self._values(args), self._values(named)
+        made = func(*args, **named)
+        self._why = _why_not(func, made) or self._spoilt(func, args, named)
+        if not self._why:
+            self._note(func, given, by_name, made, tuple(_tensors((args, named))))
+        return made
+
+    def _note(
+        self, func: Any, given: Any, by_name: Any, made: Any, sources: tuple[Tensor, ...]
+    ) -> None:
+        """Write a call down, unless what it returns is there already."""
+        if torch.Tag.inplace_view in func.tags:
+            self._numbers.changed(sources[0])
+        parts = tuple(made) if isinstance(made, tuple | list) else (made,)
+        if type(made) is not bool and is_pure(func) and self._seen(parts, sources):
+            return
+        results = tuple(self._result(part, sources) for part in parts)
+        self._steps.append(Step(func, given, by_name, results, isinstance(made, tuple | list)))
+        if len(self._steps) > MOST_STEPS:
+            self._why = f"it calls more than {MOST_STEPS} operators"
+
+    def finished(self, made: Any) -> Recording | str:
+        """The recording, once ``made`` is returned; or why there is none."""
+        if self._why:
+            return self._why
+        leaves, structure = pytree.tree_flatten(made)
+        for leaf in leaves:
+            if type(leaf) is not Tensor and type(leaf) not in _LITERALS:
+                return f"it returns a {type(leaf).__name__}"
+        results = tuple(self._values(leaf) for leaf in leaves)
+        steps = tuple(_needed(self._steps, {*values_in(results), *self._answers}))
+        used = {value for step in steps for value in step.reads} | set(values_in(results))
+        held = {value: tensor for value, tensor in self._held.items() if value in used}
+        return Recording(
+            self._inputs,
+            tuple(held),
+            tuple(held.values()),
+            steps,
+            self._answers,
+            results,
+            structure,
+        )
+
+    def _values(self, nest: Any) -> Any:
+        """``nest`` with values for tensors; what no operator made, the model holds."""
+        if isinstance(nest, Tensor):
+            known = self._numbers.find(nest)
+            if known is None:
+                known = self._numbers.add(nest)
+                self._held[known] = nest
+                self._kept.add(known)
+            return known
+        if isinstance(nest, tuple | list):
+            return tuple(map(self._values, nest))
+        if isinstance(nest, dict):
+            return {name: self._values(item) for name, item in nest.items()}
+        return nest
+
+    def _result(self, made: Tensor | bool, sources: tuple[Tensor, ...]) -> Value:
+        if isinstance(made, bool):
+            answer = self._numbers.fresh()
+            self._answers[answer] = made
+            return answer
+        known = self._numbers.find(made)
+        return self._numbers.add(made, sources) if known is None else known
+
+    def _seen(self, parts: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> bool:
+        """Whether all results are there already: a view that undoes another, or nothing to do."""
+        same: list[Value] = []
+        for part in parts:
+            known = self._numbers.find(part)
+            if known is None:
+                looks = (self._numbers.same_as(part, source) for source in sources)
+                known = next((look for look in looks if look is not None), None)
+            if known is None:
+                return False
+            same.append(known)
+        for part, value in zip(parts, same, strict=True):
+            self._numbers.name(part, value)
+        return True
+
+    def _spoilt(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> str:
+        """Why the inputs, or what the model holds, are no longer what they were."""
+        if not func._schema.is_mutable:
+            return ""
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[place] if place < len(args) else named.get(argument.name)
+            for tensor in _tensors(given):
+                known = self._numbers.find(tensor)
+                if known is not None and self._numbers.memory(known) in self._kept:
+                    return f"{func.name()} writes to an input, or to what the model holds"
+        return ""
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, tuple | list):
+        for item in nest:
+            yield from _tensors(item)
+    elif isinstance(nest, dict):
+        yield from _tensors(tuple(nest.values()))
+
+
+def _why_not(func: Any, made: Any) -> str:
+    """Why a call of ``func`` cannot be repeated."""
+    if torch.Tag.dynamic_output_shape in func.tags or func.name() in _READ_BY_PYTHON:
+        return f"{func.name()} returns as much as the numbers in a tensor say"
+    if type(made) is bool:
+        return ""
+    if torch.Tag.data_dependent_output in func.tags:
+        return f"{func.name()} looks at the numbers in a tensor"
+    parts = made if isinstance(made, tuple | list) else (made,)
+    if not parts or not all(type(part) is Tensor for part in parts):
+        return f"{func.name()} returns something other than tensors"
+    return ""
+
+
+def _needed(steps: list[Step], wanted: set[Value]) -> list[Step]:
+    """Without calls that nobody asked for: views that others took the place of."""
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if not step.pure or not wanted.isdisjoint(step.results):
+            kept.append(step)
+            wanted.update(step.reads)
+    return kept[::-1]
