@@ -1,18 +1,18 @@
 """How a convolution is given to oneDNN's kernels: as it is, or so that they get it right.
 
-With AMX the kernels of oneDNN 3.12 (torch 2.13) are silently wrong for some convolutions, by as
-much as the result itself. Each was found by comparing thousands of random shapes with a sum in
-float64, and has a form that is right:
+The kernels of oneDNN 3.12 (torch 2.13) are silently wrong for some convolutions, by as much as the
+result itself; with AMX for more than without it. Each was found by comparing thousands of random
+shapes with a sum in float64, and has a form that is right:
 
 - *Lowered weights.* Where rows of the kernel are lowered into longer sums, the weight has to be
-  laid out anew unless it happens to fit, and the kernel thinks that it fits too often: with 4, 8,
-  12, ... input channels and ``channels * width`` a multiple of 64, or with a width and a stride
-  that share a factor which takes fewer than 64 channels beyond 64. (A patch embedding of 32x32
-  pixels of 4 channels is one.) A column of zeros at the right of the kernel, a *tap*, makes the
-  sums another length.
-- *Zero points.* What a zero point other than 0 adds is wrong in groups, and at the borders of
-  dilated kernels and of those one column wide; at borders as wide as the kernel it is wrong without
-  AMX, too. Where the layer writes the padding itself,
+  laid out anew unless it happens to fit, and the kernel with AMX thinks that it fits too often:
+  with 4, 8, 12, ... input channels and ``channels * width`` a multiple of 64, or with a width and a
+  stride that share a factor which takes fewer than 64 channels beyond 64. (A patch embedding of
+  32x32 pixels of 4 channels is one.) A column of zeros at the right of the kernel, a *tap*, makes
+  the sums another length.
+- *Zero points.* What a zero point other than 0 adds is wrong at borders as wide as the kernel, at
+  those of dilated kernels and of those one column wide, and in groups: with AMX of any width,
+  without it of one channel. Where the layer writes the padding itself,
 
       sum(w * (q - z)) = sum(w * q) - z * sum(w)
 
@@ -21,8 +21,8 @@ float64, and has a form that is right:
   the layer pads it.
 - *Nothing read.* Where no row of a dilated kernel meets the input memory is overwritten, unless the
   layer writes the padding.
-- *Depth left out.* Where a stride is deeper than the kernel memory is overwritten. Layers of zeros
-  behind the kernel, taps as well, make it as deep.
+- *Depth left out.* Where a stride is deeper than the kernel memory is overwritten with AMX. Layers
+  of zeros behind the kernel, taps as well, make it as deep.
 - *One column.* A result one column wide, of a kernel wider than that with a stride, is made of two
   columns, of which the second is cut off.
 """
@@ -49,6 +49,7 @@ _WORD: Final = 4
 _FLAT: Final = 2
 _DEEP: Final = 3
 """Spatial dimensions of pictures and of volumes."""
+_LAST: Final = {_FLAT: torch.channels_last, _DEEP: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ class Plan:
 
 def first_column(result: Tensor) -> Tensor:
     """The first column of a result ``[batch, channels, ..., 2]``, channels last in memory."""
-    flat = result.dim() == 2 + _FLAT
-    last = torch.channels_last if flat else torch.channels_last_3d
+    last = _LAST.get(result.dim() - 2, torch.contiguous_format)
     return result[..., :1].contiguous(memory_format=last)
 
 
@@ -184,16 +184,14 @@ def plan_of(
     """
     tiled = has_tiles() if tiles is None else tiles
     told = zero_point == 0 or not _loses_zero_point(shape, geometry, tiled)
-    pads = not told or (
-        tiled and (_loses_depth(shape, geometry, size) or _may_miss(shape, geometry))
-    )
+    pads = not told or _loses_depth(shape, geometry, size) or _may_miss(shape, geometry)
     taps = (
         taps_of(shape, geometry, unpadded=pads, size=size) if tiled else (0,) * len(geometry.stride)
     )
     plan = Plan(geometry, zero_point if told else 0, zero_point, taps=taps)
     if any(taps) or pads:
         plan = _padding(plan)
-    return replace(plan, narrow=_narrow(shape, plan)) if tiled else plan
+    return replace(plan, narrow=_narrow(shape, plan))
 
 
 def _padding(plan: Plan) -> Plan:
@@ -214,7 +212,7 @@ def _loses_zero_point(shape: tuple[int, ...], geometry: Geometry, tiled: bool) -
     depthwise = inputs == 1 and outputs == geometry.groups
     grouped = geometry.groups > 1 and not depthwise
     borders = any(geometry.padding) and (kernel[-1] == 1 or max(geometry.dilation) > 1)
-    return tiled and (grouped or borders)
+    return borders or (grouped and (tiled or inputs == 1))
 
 
 def _loses_depth(shape: tuple[int, ...], geometry: Geometry, size: int) -> bool:
@@ -280,7 +278,7 @@ def _misfits(shape: tuple[int, ...], geometry: Geometry, size: int, unpadded: bo
 def _narrow(shape: tuple[int, ...], plan: Plan) -> int:
     """How wide codes may be that give one column, where that is wrong; 0 where it is not."""
     geometry, width = plan.geometry, shape[-1] + plan.taps[-1]
-    if width == 1 or len(shape[2:]) < _FLAT or max(geometry.stride) == 1:
+    if width == 1 or max(geometry.stride) == 1:
         return 0
     reach = (width - 1) * geometry.dilation[-1]
     return reach + geometry.stride[-1] - 2 * geometry.padding[-1]

@@ -103,6 +103,14 @@ WALKS = {
     "a volume of one layer": Walk((40, 31, 3, 3, 3), (1, 17, 17), padding=(1, 1, 1)),
     "layers left out": Walk((24, 16, 1, 4, 4), (17, 8, 8), (4, 4, 4)),
     "layers left out, padded": Walk((16, 32, 2, 1, 8), (14, 9, 8), (4, 4, 4), (1, 1, 1), zero=7),
+    # Those that are wrong without AMX.
+    "one channel, one column": Walk((17, 1, 1, 7), (3, 8), (1, 2)),
+    "one value": Walk((1, 16, 16), (16,), (16,), zero=128),
+    "groups of one channel": Walk((120, 1, 1, 4), (3, 5), (4, 4), groups=3, zero=128),
+    "one column, dilated and padded": Walk(
+        (40, 48, 4, 2), (10, 2), (3, 1), (2, 1), dilation=(1, 3), zero=128
+    ),
+    "one layer of one channel": Walk((24, 1, 3, 2, 3), (1, 10, 1), (2, 4, 3), (1, 1, 3)),
 }
 
 
@@ -245,12 +253,23 @@ def test_usual_convolutions_are_given_as_they_are(
     assert plan.zero_point == plan.reads
 
 
-def test_without_tiles_only_padding_past_the_kernel_is_written() -> None:
+def test_without_tiles_only_padding_is_written() -> None:
     changed = []
     for name, walk in WALKS.items():
         plan = plan_of(walk.weight, walk.geometry, walk.zero, tiles=False)
-        changed += [] if plan.plain else [name]
-    assert changed == ["padding past the kernel", "layers left out, padded"]
+        assert not any(plan.taps)
+        changed += [name] if plan.fill else []
+    assert changed == [
+        "a column (ERFNet)",
+        "padding past the kernel",
+        "dilated, padded by less",
+        "nothing read",
+        "nothing read by two",
+        "a volume of one layer",
+        "layers left out, padded",
+        "one column, dilated and padded",
+        "one layer of one channel",
+    ]
 
 
 def test_a_plan_says_what_the_layer_writes() -> None:
