@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.backends.layer_parts import codes_node, op_name, tensors_of
+from fxquant.backends.x86_attention import X86Attention
 from fxquant.backends.x86_layer_rules import (
     codes_type,
     is_container,
@@ -81,7 +82,15 @@ def joint_bias(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor 
 
 def may_be_view(node: Node) -> bool:
     """Parts of a wide product lie apart in memory, which ops take and a user's code may not."""
-    return all(op_of(user) is not None for user in node.users)
+    return all(op_of(user) is not None or _is_attention(user) for user in node.users)
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether it was an op, attention, and is lowered already."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return False
+    return isinstance(owner.get_submodule(str(node.target)), X86Attention)
 
 
 def is_integer_linear(node: Node) -> bool:
