@@ -61,8 +61,11 @@ class UserModule(GraphModule):
         """
         self.meta[_SEALED] = (backend, cpu_only)
 
-    def run_by(self, executor: Executor) -> None:
-        """Let ``executor`` run it; it is part of copies and pickles."""
+    def run_by(self, executor: Executor | None) -> None:
+        """Let ``executor`` run it; with ``None`` the code of its graph runs, and nothing else.
+
+        Copies and pickles take the executor along.
+        """
         self.meta[_EXECUTOR] = executor
 
     def recompile(self) -> PythonCode:
@@ -147,7 +150,6 @@ class UserModule(GraphModule):
 def _executed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` of a graph module, run by its executor if it has one."""
 
-    @functools.wraps(forward)
     def run(self: UserModule, *args: Any, **kwargs: Any) -> Any:
         executor = self.meta.get(_EXECUTOR)
         if executor is None or torch.compiler.is_compiling():
@@ -156,7 +158,7 @@ def _executed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     # torch.compile counts what it compiled by the code, and gives up where one has too many forms.
     run.__code__ = run.__code__.replace()
-    return run
+    return functools.wraps(forward)(run)
 
 
 def _in_own_dtype(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

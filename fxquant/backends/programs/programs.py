@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxquant.backends.programs.recorder import Recording, Value, record, values_in
+from fxquant.backends.programs.recorder import record
+from fxquant.backends.programs.recording import Recording, Value, values_in
 from fxquant.backends.programs.script import Registers, is_there, parts_of
 from fxquant.backends.programs.signature import is_usual, signature_of
 from fxquant.backends.programs.trusted import why_not_trusted

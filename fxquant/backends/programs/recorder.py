@@ -4,124 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxquant.backends.programs.recording import Recording, Step, Value, is_pure, values_in
 from fxquant.graph.dispatch import QuietMode
 
 MOST_STEPS: Final = 20_000
 """Calls of one recording; a model of more is better left as it is."""
 
 _LITERALS: Final = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+_MASKS: Final = (torch.bool, torch.uint8)
 _READ_BY_PYTHON: Final = ("aten::_pack_padded_sequence",)
 """Operators whose results Python reads past every mode: ``batch_sizes.tolist()``."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of a recording: an input, one that the model holds, or a result. Or an answer.
-
-    Args:
-        number: inputs come first, in their order.
-    """
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of an operator.
-
-    Args:
-        op: the operator.
-        args: by place, with a :class:`Value` for each tensor.
-        kwargs: by name.
-        results: what it returns; of a list its items.
-        several: whether it returns a list or a tuple.
-    """
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: tuple[Value, ...]
-    several: bool
-
-    @property
-    def reads(self) -> tuple[Value, ...]:
-        """The tensors that it is given."""
-        return tuple(values_in((self.args, self.kwargs)))
-
-    @property
-    def pure(self) -> bool:
-        """Whether nothing but its results comes of it, and the same ones every time."""
-        return is_pure(self.op) and torch.Tag.nondeterministic_seeded not in self.op.tags
-
-
-@dataclass(frozen=True)
-class Recording:
-    """All calls of operators that one call of a model made.
-
-    Args:
-        inputs: the tensors it was given.
-        held: the tensors that the model holds.
-        tensors: these, in the order of ``held``.
-        steps: in order.
-        answers: what operators said of numbers in tensors, and Python went on from.
-        results: leaves of what it returned, with a :class:`Value` for each tensor.
-        structure: how these stand in it.
-    """
-
-    inputs: tuple[Value, ...]
-    held: tuple[Value, ...]
-    tensors: tuple[Tensor, ...]
-    steps: tuple[Step, ...]
-    answers: dict[Value, bool]
-    results: tuple[Any, ...]
-    structure: pytree.TreeSpec
-
-    def agrees(self, other: Recording) -> bool:
-        """Whether another call made the same calls of operators, on the same held tensors."""
-        return (
-            self.inputs == other.inputs
-            and self.held == other.held
-            and all(map(_is, self.tensors, other.tensors))
-            and self.steps == other.steps
-            and self.answers == other.answers
-            and self.results == other.results
-            and self.structure == other.structure
-        )
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
-
-
-def values_in(nest: Any) -> Iterator[Value]:
-    """All values in tuples, lists and dictionaries.
-
-    Example:
-        >>> [value.number for value in values_in(([Value(1), 2], {"a": Value(3)}))]
-        [1, 3]
-    """
-    if isinstance(nest, Value):
-        yield nest
-    elif isinstance(nest, tuple | list):
-        for item in nest:
-            yield from values_in(item)
-    elif isinstance(nest, dict):
-        yield from values_in(tuple(nest.values()))
-
-
-def is_pure(op: Any) -> bool:
-    """Whether an operator does nothing but return something, as far as torch says.
-
-    Operators from outside ``aten`` do not always say what they write to: oneDNN's sums do not.
-    """
-    return op.namespace == "aten" and not op._schema.is_mutable
 
 
 def record(run: Callable[[], Any], leaves: list[Tensor]) -> tuple[Any, Recording | str]:
@@ -154,6 +52,7 @@ class _Numbers:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
+        self._others: set[int] = set()
         self._memory: dict[Value, Value] = {}
         self._looks: dict[Any, Value] = {}
         self._count = 0
@@ -179,15 +78,26 @@ class _Numbers:
         first = next((source for source in sources if source is not None), None)
         self._memory[value] = value if first is None else self._memory[first]
         self._looks.setdefault(self._look(value, tensor), value)
-        return self.name(tensor, value)
+        return self._name(tensor, value)
 
     def name(self, tensor: Tensor, value: Value) -> Value:
-        """Let ``tensor`` be ``value`` too."""
+        """Let ``tensor``, which is another object than ``value`` was, stand for it too."""
+        self._others.add(id(tensor))
+        return self._name(tensor, value)
+
+    def is_other(self, tensor: Tensor) -> bool:
+        """Whether it is another object than the value that it stands for."""
+        return id(tensor) in self._others
+
+    def _name(self, tensor: Tensor, value: Value) -> Value:
         key = id(tensor)
         # Another tensor may come to lie where this one was.
-        gone = weakref.ref(tensor, lambda _: self._known.pop(key, None))
-        self._known[key] = (value, gone)
+        self._known[key] = (value, weakref.ref(tensor, lambda _: self._forget(key)))
         return value
+
+    def _forget(self, key: int) -> None:
+        self._known.pop(key, None)
+        self._others.discard(key)
 
     def same_as(self, tensor: Tensor, source: Tensor) -> Value | None:
         """The value that looks at the memory of ``source`` just as ``tensor`` does."""
@@ -240,9 +150,12 @@ class _Recorder(QuietMode):
             return func(*args, **named)
         given, by_name = self._values(args), self._values(named)
         made = func(*args, **named)
-        self._why = _why_not(func, made) or self._spoilt(func, args, named)
+        sources = tuple(_tensors((args, named)))
+        if not sources and next(_tensors(made), None) is None:
+            return made  # of types alone, such as promote_types
+        self._why = _why_not(func, made, sources[1:]) or self._spoilt(func, args, named)
         if not self._why:
-            self._note(func, given, by_name, made, tuple(_tensors((args, named))))
+            self._note(func, given, by_name, made, sources)
         return made
 
     def _note(
@@ -252,7 +165,8 @@ class _Recorder(QuietMode):
         if torch.Tag.inplace_view in func.tags:
             self._numbers.changed(sources[0])
         parts = tuple(made) if isinstance(made, tuple | list) else (made,)
-        if type(made) is not bool and is_pure(func) and self._seen(parts, sources):
+        plain = all(type(part) is Tensor for part in parts)
+        if plain and is_pure(func) and self._seen(parts, sources):
             return
         results = tuple(self._result(part, sources) for part in parts)
         self._steps.append(Step(func, given, by_name, results, isinstance(made, tuple | list)))
@@ -267,7 +181,7 @@ class _Recorder(QuietMode):
         for leaf in leaves:
             if type(leaf) is not Tensor and type(leaf) not in _LITERALS:
                 return f"it returns a {type(leaf).__name__}"
-        results = tuple(self._values(leaf) for leaf in leaves)
+        results = tuple(self._returned(leaf) for leaf in leaves)
         steps = tuple(_needed(self._steps, {*values_in(results), *self._answers}))
         used = {value for step in steps for value in step.reads} | set(values_in(results))
         held = {value: tensor for value, tensor in self._held.items() if value in used}
@@ -280,6 +194,15 @@ class _Recorder(QuietMode):
             results,
             structure,
         )
+
+    def _returned(self, leaf: Any) -> Any:
+        """A leaf of what is returned. A view that was left out stays an object of its own."""
+        value = self._values(leaf)
+        if isinstance(leaf, Tensor) and self._numbers.is_other(leaf):
+            view = self._numbers.fresh()
+            self._steps.append(Step(torch.ops.aten.alias.default, (value,), {}, (view,), False))
+            return view
+        return value
 
     def _values(self, nest: Any) -> Any:
         """``nest`` with values for tensors; what no operator made, the model holds."""
@@ -296,11 +219,12 @@ class _Recorder(QuietMode):
             return {name: self._values(item) for name, item in nest.items()}
         return nest
 
-    def _result(self, made: Tensor | bool, sources: tuple[Tensor, ...]) -> Value:
-        if isinstance(made, bool):
-            answer = self._numbers.fresh()
-            self._answers[answer] = made
-            return answer
+    def _result(self, made: Tensor | bool | None, sources: tuple[Tensor, ...]) -> Value:
+        if not isinstance(made, Tensor):
+            value = self._numbers.fresh()
+            if made is not None:
+                self._answers[value] = made
+            return value
         known = self._numbers.find(made)
         return self._numbers.add(made, sources) if known is None else known
 
@@ -316,7 +240,8 @@ class _Recorder(QuietMode):
                 return False
             same.append(known)
         for part, value in zip(parts, same, strict=True):
-            self._numbers.name(part, value)
+            if self._numbers.find(part) is None:
+                self._numbers.name(part, value)
         return True
 
     def _spoilt(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> str:
@@ -344,18 +269,21 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(nest.values()))
 
 
-def _why_not(func: Any, made: Any) -> str:
-    """Why a call of ``func`` cannot be repeated."""
-    if torch.Tag.dynamic_output_shape in func.tags or func.name() in _READ_BY_PYTHON:
+def _why_not(func: Any, made: Any, others: tuple[Tensor, ...]) -> str:
+    """Why a call of ``func``, with ``others`` beside its first tensor, cannot be repeated."""
+    counts = torch.Tag.dynamic_output_shape in func.tags
+    if func.name() == "aten::index.Tensor":
+        counts = any(other.dtype in _MASKS for other in others)
+    if counts or func.name() in _READ_BY_PYTHON:
         return f"{func.name()} returns as much as the numbers in a tensor say"
     if type(made) is bool:
         return ""
     if torch.Tag.data_dependent_output in func.tags:
         return f"{func.name()} looks at the numbers in a tensor"
     parts = made if isinstance(made, tuple | list) else (made,)
-    if not parts or not all(type(part) is Tensor for part in parts):
-        return f"{func.name()} returns something other than tensors"
-    return ""
+    # Of several results some may not be there.
+    fits = all(type(part) is Tensor or (part is None and part is not made) for part in parts)
+    return "" if parts and fits else f"{func.name()} returns something other than tensors"
 
 
 def _needed(steps: list[Step], wanted: set[Value]) -> list[Step]:

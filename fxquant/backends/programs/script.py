@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from fxquant.backends.programs.recorder import Recording, Step, Value, values_in
+from fxquant.backends.programs.recording import Recording, Step, Value, values_in
 
 Registers: TypeAlias = dict[Value, Any]
 """Tensors, and answers."""
