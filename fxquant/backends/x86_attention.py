@@ -52,7 +52,7 @@ class X86Attention(nn.Module):
         scale = 1.0 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
         q, k, v = (part.reshape(-1, *part.shape[-2:]) for part in (query, key, value))
         # With a beta of 0 nothing of the first argument is read.
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale)
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scale)
         made = torch.bmm(torch.softmax(scores, -1), v)
         return made.view(*query.shape[:-1], value.shape[-1])
 

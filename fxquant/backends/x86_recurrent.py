@@ -13,7 +13,6 @@ tanh too: see :mod:`fxquant.backends.x86_lstm_loop`.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -35,6 +34,7 @@ _ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1
 """Blocks of a weight in the order computed with: those of sigmoids first."""
 _VECTOR: Final = 32
 """Numbers that torch's kernels take at a time, at most: two vectors of AVX512."""
+_MOST: Final = torch.tensor(float(STATE.quant_max))
 _MANY: Final = 8
 """Rows of inputs from which oneDNN's kernel was measured faster than FBGEMM's (VNNI, 2 threads)."""
 _UNDIVIDED: Final = 32736
@@ -224,7 +224,7 @@ class X86Recurrent(IntegerRecurrent):
             given = self._from_input(packed, x)
             total = sum((part.sum() for part in state), given.sum())
             # Of the three, only relu may grow without bound from finite numbers.
-            guarded = self.mode == "RNN_RELU" or not math.isfinite(float(total))
+            guarded = self.mode == "RNN_RELU" or not bool(torch.isfinite(total))
             width = self.proj_size or self.padded
             out = torch.empty(x.shape[0], width)
             wide = (width, self.padded)[: len(state)]
@@ -261,7 +261,7 @@ class X86Recurrent(IntegerRecurrent):
         if kernel is None or packed.projection is not None:
             self._lstm_in_parts(packed, steps, guarded)
             return
-        loop, most = fastest_lstm_loop(), torch.tensor(float(STATE.quant_max))
+        loop = fastest_lstm_loop()
         for rows, times in steps.runs():
             given, made = [list(part) for part in zip(*times, strict=True)]
             gates, bounded = torch.empty(rows, 4 * hidden), torch.empty(rows, hidden)
@@ -280,7 +280,7 @@ class X86Recurrent(IntegerRecurrent):
                 *kernel,
                 product.scale,
                 guarded,
-                most,
+                _MOST,
                 SMALLEST_SCALE,
             )
             cell.mul_(0.5)

@@ -20,6 +20,7 @@ _ONEDNN: Final = torch.ops.onednn
 _ENDS: Final = (-128.0, 127.0)
 """FBGEMM's kernel takes scale and zero point from the least and the largest number it is given:
 with these two beside every row they are 1 and 128, and rows of codes are taken as they are."""
+_ENDS_ROW: Final = torch.tensor(_ENDS)
 
 
 class RowSums:
@@ -82,7 +83,7 @@ class RowSums:
     def room(self, rows: int) -> Tensor:
         """Memory for so many rows; codes -128 to 127 go into its first ``inputs`` columns."""
         made = torch.empty(rows, self.inputs + len(_ENDS))
-        made[:, self.inputs :] = torch.tensor(_ENDS)
+        made[:, self.inputs :] = _ENDS_ROW
         return made
 
     def __call__(self, room: Tensor) -> Tensor:

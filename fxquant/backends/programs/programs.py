@@ -156,7 +156,7 @@ class Programs:
         if known is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known = {key: each for key, each in self._known.items() if each.program}
-            known = self._known[signature] = _Known()
+            known = self._known[signature] = _Known(due=self._due())
         self._clock += 1
         program = known.program
         if program is not None and self._is_owner(module) and program.watch.unchanged():
@@ -232,9 +232,11 @@ class Programs:
         having = [each for each in self._known.values() if each.program is not None]
         if len(having) > _MOST:
             oldest = min(having, key=lambda each: each.used)
-            # The more programs there were, the more calls it takes to get one again.
-            oldest.program, oldest.calls = None, 0
-            oldest.due = _FIRST << self._built // _MOST
+            oldest.program, oldest.calls, oldest.due = None, 0, self._due()
+
+    def _due(self) -> int:
+        """The call to record: the more programs there were, the more calls it takes to get one."""
+        return _FIRST << self._built // _MOST
 
 
 def _gives(program: Program, leaves: list[Tensor], wanted: Any) -> bool:

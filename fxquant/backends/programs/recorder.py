@@ -18,6 +18,11 @@ MOST_STEPS: Final = 20_000
 
 _LITERALS: Final = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _MASKS: Final = (torch.bool, torch.uint8)
+_BLANK: Final = (
+    *("empty.memory_format", "empty_like", "empty_strided", "empty_permuted"),
+    *("new_empty", "new_empty_strided"),
+)
+"""Operators that make memory which another has to write to before it is read."""
 _READ_BY_PYTHON: Final = ("aten::_pack_padded_sequence",)
 """Operators whose results Python reads past every mode: ``batch_sizes.tolist()``."""
 
@@ -42,7 +47,8 @@ def record(run: Callable[[], Any], leaves: list[Tensor]) -> tuple[Any, Recording
         'aten::_local_scalar_dense looks at the numbers in a tensor'
     """
     recorder = _Recorder(leaves)
-    with recorder:
+    # Above autograd torch takes operators to pieces, and some of the pieces are no operators.
+    with torch._C._AutoDispatchBelowAutograd(), recorder:
         made = run()
     return made, recorder.finished(made)
 
@@ -136,6 +142,7 @@ class _Recorder(QuietMode):
             self._numbers.add(leaf, tuple(leaves[:i])) for i, leaf in enumerate(leaves)
         )
         self._kept = set(map(self._numbers.memory, self._inputs))
+        self._blank: set[Value] = set()
         self._held: dict[Value, Tensor] = {}
         self._answers: dict[Value, bool] = {}
         self._steps: list[Step] = []
@@ -153,7 +160,8 @@ class _Recorder(QuietMode):
         sources = tuple(_tensors((args, named)))
         if not sources and next(_tensors(made), None) is None:
             return made  # of types alone, such as promote_types
-        self._why = _why_not(func, made, sources[1:]) or self._spoilt(func, args, named)
+        written, read = _written_and_read(func, args, named)
+        self._why = _why_not(func, made, sources[1:]) or self._spoilt(func, written, read, made)
         if not self._why:
             self._note(func, given, by_name, made, sources)
         return made
@@ -169,6 +177,8 @@ class _Recorder(QuietMode):
         if plain and is_pure(func) and self._seen(parts, sources):
             return
         results = tuple(self._result(part, sources) for part in parts)
+        if func.name().removeprefix("aten::") in _BLANK:
+            self._blank.update(results)
         self._steps.append(Step(func, given, by_name, results, isinstance(made, tuple | list)))
         if len(self._steps) > MOST_STEPS:
             self._why = f"it calls more than {MOST_STEPS} operators"
@@ -179,6 +189,8 @@ class _Recorder(QuietMode):
             return self._why
         leaves, structure = pytree.tree_flatten(made)
         for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.numel() and self._is_blank(leaf):
+                return "it returns memory that no operator wrote"
             if type(leaf) is not Tensor and type(leaf) not in _LITERALS:
                 return f"it returns a {type(leaf).__name__}"
         results = tuple(self._returned(leaf) for leaf in leaves)
@@ -244,19 +256,42 @@ class _Recorder(QuietMode):
                 self._numbers.name(part, value)
         return True
 
-    def _spoilt(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> str:
-        """Why the inputs, or what the model holds, are no longer what they were."""
-        if not func._schema.is_mutable:
-            return ""
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = args[place] if place < len(args) else named.get(argument.name)
-            for tensor in _tensors(given):
-                known = self._numbers.find(tensor)
-                if known is not None and self._numbers.memory(known) in self._kept:
-                    return f"{func.name()} writes to an input, or to what the model holds"
+    def _spoilt(
+        self, func: Any, written: tuple[Tensor, ...], read: tuple[Tensor, ...], made: Any
+    ) -> str:
+        """Why memory is not what the operators say.
+
+        That is, inputs, or what the model holds, are no longer what they were; or something is
+        read that no operator wrote, and then somebody else did.
+        """
+        places = [self._numbers.memory(self._values(tensor)) for tensor in written]
+        if not self._kept.isdisjoint(places):
+            return f"{func.name()} writes to an input, or to what the model holds"
+        self._blank.difference_update(places)
+        views = {_storage(part) for part in _tensors(made)}
+        for tensor in read if self._blank else ():
+            looks = is_pure(func) and _storage(tensor) in views
+            if tensor.numel() and not looks and self._is_blank(tensor):
+                return f"{func.name()} reads memory that no operator wrote"
         return ""
+
+    def _is_blank(self, tensor: Tensor) -> bool:
+        value = self._numbers.find(tensor)
+        return value is not None and self._numbers.memory(value) in self._blank
+
+
+def _written_and_read(
+    func: Any, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The tensors that an operator says it writes to, and the others that it is given."""
+    written: list[Tensor] = []
+    read: list[Tensor] = []
+    for place, argument in enumerate(func._schema.arguments):
+        given = args[place] if place < len(args) else named.get(argument.name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        # What writes to its first argument reads it, too; what writes to its out= does not.
+        (written if writes else read).extend(_tensors(given))
+    return tuple(written), tuple(read)
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Step:
     results: tuple[Value, ...]
     several: bool
 
-    @property
+    @functools.cached_property
     def reads(self) -> tuple[Value, ...]:
         """The tensors that it is given."""
         return tuple(values_in((self.args, self.kwargs)))

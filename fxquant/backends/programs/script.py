@@ -57,18 +57,20 @@ def parts_of(recording: Recording) -> tuple[Part, ...]:
 def _runs(steps: Sequence[Step]) -> list[tuple[bool, list[Step]]]:
     """Steps in turns: those that the interpreter knows, and those that it does not."""
     runs: list[tuple[bool, list[Step]]] = []
+    found: dict[Any, bool] = {}
     for step in steps:
-        known = _is_known(step)
-        if not runs or runs[-1][0] is not known:
-            runs.append((known, []))
+        kind = (step.op, _kinds(step.args), _kinds(tuple(step.kwargs.items())))
+        if kind not in found:
+            found[kind] = _Graph(step.reads).add(step)
+        if not runs or runs[-1][0] is not found[kind]:
+            runs.append((found[kind], []))
         runs[-1][1].append(step)
     return runs
 
 
-def _is_known(step: Step) -> bool:
-    """Whether the interpreter can make this call."""
-    graph = _Graph(step.reads)
-    return graph.add(step)
+def _kinds(nest: Any) -> Any:
+    """The types of arguments, by which the interpreter finds an operator."""
+    return tuple(map(_kinds, nest)) if isinstance(nest, tuple) else type(nest)
 
 
 def _tidied(part: Part, done: tuple[Value, ...], registers: Registers) -> None:

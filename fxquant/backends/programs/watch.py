@@ -74,13 +74,15 @@ class Watch:
 
 def _matters(module: nn.Module, name: str) -> bool:
     """Whether an attribute, or another in its place, may change what a module computes."""
-    if type(module).__module__.startswith("fxquant."):
-        # What an int8 layer is does not change; what it was packed into does, when it is loaded.
-        return _holds_tensors(vars(module)[name])
-    return name not in _BOOKKEEPING
+    if name in _BOOKKEEPING:
+        return False
+    # What an int8 layer is does not change; what it was packed into does, when it is loaded.
+    own = type(module).__module__.startswith("fxquant.")
+    return not own or _holds_tensors(vars(module)[name])
 
 
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_holds_tensors, value))
-    return isinstance(value, Tensor)
+    # What is packed when it is first needed lies in a dictionary.
+    return isinstance(value, Tensor | dict)

@@ -492,6 +492,47 @@ def test_there_are_only_so_many_programs(q: UserModule, monkeypatch: pytest.Monk
     assert len(executor(q)._known) <= 11
 
 
+def test_the_more_programs_there_were_the_more_calls_it_takes(
+    q: UserModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "_MOST", 2)
+    for batch, needed in ((1, 3), (2, 3), (3, 5), (4, 5), (5, 9), (6, 9)):
+        x = picture(batch=batch)
+        for call in range(1, needed + 1):
+            before = executor(q)._built
+            q(x)
+            assert executor(q)._built == before + (call == needed)
+
+
+class Steps(nn.Module):
+    """A recurrent layer and what reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(32, 32, 2, batch_first=True), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.lstm(x)[0])
+        return out
+
+
+def test_recurrent_layers() -> None:
+    torch.manual_seed(0)
+    one, other = Steps().eval(), Steps().eval()
+    q, r = (fxquant.quantize(m, mode="dynamic", backend="x86") for m in (one, other))
+    for x in (torch.randn(1, 5, 32), torch.randn(3, 2, 32)):
+        warm(q, x)
+        for given in (x, x * 3, x * torch.inf):
+            wanted = plain(q, given)
+            assert torch.equal(q(given).nan_to_num(7.0), wanted.nan_to_num(7.0))
+    x = torch.randn(1, 5, 32)
+    before, program = q(x), executor(q)
+    q.load_state_dict(r.state_dict())
+    assert torch.equal(q(x), r(x))
+    assert not torch.equal(q(x), before)
+    assert program.count == 0
+
+
 def test_one_tensor_twice_is_not_two() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from fxquant.backends.programs.programs import Program
 from fxquant.backends.programs.recorder import record
 from fxquant.backends.programs.recording import Recording, values_in
 from fxquant.backends.programs.watch import Watch
+from fxquant.backends.x86_row_sums import RowSums
 
 MODES: list[Callable[[], AbstractContextManager[Any]]] = [torch.no_grad, torch.inference_mode]
 
@@ -200,3 +201,47 @@ def test_values_are_found_in_nests() -> None:
     x = torch.randn(2)
     made = recorded(lambda: torch.stack([x, x]), x)
     assert [value.number for value in values_in(made.steps[0].args)] == [0, 0]
+
+
+def _written_by_numpy(x: Tensor) -> Tensor:
+    made = torch.empty(2, 3)
+    made.numpy()[:] = x.numpy() * 2
+    return made + 1
+
+
+def _written_by_numpy_alone(x: Tensor) -> Tensor:
+    made = torch.empty(2, 3)
+    made.view(3, 2).numpy()[:] = 1.0
+    return made
+
+
+@pytest.mark.parametrize("run", [_written_by_numpy, _written_by_numpy_alone])
+def test_memory_that_no_operator_wrote_is_refused(run: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3)
+    assert "memory that no operator wrote" in refused(lambda: run(x), x)
+
+
+def test_memory_that_operators_wrote_is_read() -> None:
+    def run(x: Tensor) -> Tensor:
+        made = torch.empty(4, 3)
+        made[:2] = x
+        made.view(-1)[6:] = 1.0
+        room = torch.empty_like(made)
+        torch.exp(made, out=room)
+        return room + x.new_empty(0).sum()
+
+    x = torch.randn(2, 3)
+    assert torch.equal(program(run, x).run([x]), run(x))
+
+
+def test_operators_are_not_taken_to_pieces() -> None:
+    """FBGEMM's kernel writes to memory past torch: of its pieces only the memory is an operator."""
+    rows = RowSums(torch.ones(4, 6, dtype=torch.int8))
+
+    def run(x: Tensor) -> Tensor:
+        room = rows.room(2)
+        room[:, :6] = x.round()
+        return rows(room)
+
+    x = torch.randn(2, 6) * 50
+    assert torch.equal(program(run, x).run([x * 0.5]), run(x * 0.5))
