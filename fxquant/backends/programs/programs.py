@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -100,15 +101,16 @@ class _Known:
         """The program was run for nothing. Where that is often so, there is none any more."""
         self.misses += 1
         if self.misses >= _MOST_MISSES:
-            self.program, self.due = None, float("inf")
+            self.program, self.due = None, math.inf
 
 
 class Programs:
     """Runs a model: as its graph stands, and from the fourth call with like inputs as a program.
 
     Two calls are recorded. If both made the same calls of operators on the same tensors that the
-    model holds, these are written as a program, and if that gives what the second call gave, bit
-    for bit, it is run from then on. A copy of it, or one from a pickle, begins anew.
+    model holds, these are written as a program, and if that gives what the model gave, bit for bit,
+    it is run from then on. A model that draws numbers has none. A copy of one, or what comes from a
+    pickle, begins anew.
     """
 
     def __init__(self) -> None:
@@ -209,13 +211,16 @@ class Programs:
     def _learn(
         self, known: _Known, watch: Watch, run: Callable[[], Any], leaves: list[Tensor]
     ) -> Any:
-        """Run the model, and record it."""
-        before, known.recording = known.recording, None
-        known.due = float("inf")  # unless all goes well
-        tracked = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        if tracked:
-            return run()
-        made, recording = record(run, leaves)
+        """Run the model, and once more to record it: a recorded call may round otherwise."""
+        drawn = torch.get_rng_state()
+        made = run()
+        known.due = 2 * known.calls
+        if not torch.equal(drawn, torch.get_rng_state()):
+            return made
+        before, known.recording, known.due = known.recording, None, math.inf
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            return made
+        recording = record(run, leaves)[1]
         if isinstance(recording, str):
             return made
         if before is None:
