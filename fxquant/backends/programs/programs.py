@@ -211,17 +211,13 @@ class Programs:
     def _learn(
         self, known: _Known, watch: Watch, run: Callable[[], Any], leaves: list[Tensor]
     ) -> Any:
-        """Run the model, and once more to record it: a recorded call may round otherwise."""
-        drawn = torch.get_rng_state()
-        made = run()
-        known.due = 2 * known.calls
-        if not torch.equal(drawn, torch.get_rng_state()):
-            return made
+        """Run the model once, and record that."""
         before, known.recording, known.due = known.recording, None, math.inf
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            return made
-        recording = record(run, leaves)[1]
-        if isinstance(recording, str):
+            return run()
+        drawn = torch.get_rng_state()
+        made, recording = record(run, leaves)
+        if isinstance(recording, str) or not torch.equal(drawn, torch.get_rng_state()):
             return made
         if before is None:
             known.recording, known.due = recording, known.calls + 1

@@ -44,7 +44,7 @@ def record(run: Callable[[], Any], leaves: list[Tensor]) -> tuple[Any, Recording
         >>> list(record(lambda: x.relu() if x[0] > 0 else x, [x])[1].answers.values())
         [True]
         >>> record(lambda: x * float(x[0]), [x])[1]
-        'aten::_local_scalar_dense looks at the numbers in a tensor'
+        'aten::item looks at the numbers in a tensor'
     """
     recorder = _Recorder(leaves)
     # Above autograd torch takes operators to pieces, and some of the pieces are no operators.

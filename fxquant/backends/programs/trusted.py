@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -33,15 +33,8 @@ def why_not_trusted(module: GraphModule) -> str:
     Example:
         >>> why_not_trusted(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         ''
-        >>> class Noisy(nn.Module):
-        ...     def forward(self, x):
-        ...         return x
-        >>> class Tracer(torch.fx.Tracer):
-        ...     def is_leaf_module(self, module, name):
-        ...         return True
-        >>> graph = Tracer().trace(nn.Sequential(Noisy()))
-        >>> why_not_trusted(torch.fx.GraphModule(nn.Sequential(Noisy()), graph))
-        '0: Noisy is code of its own'
+        >>> why_not_trusted(torch.fx.symbolic_trace(lambda x: x.numpy()))
+        'numpy: .numpy() may do more than compute'
     """
     for node in module.graph.nodes:
         why = _CHECKS[node.op](module, node)
@@ -65,6 +58,8 @@ def _module(module: GraphModule, node: Node) -> str:
         kind = type(inside)
         if not _of_torch(kind.__module__) or "forward" in vars(inside):
             return f"{kind.__name__} is code of its own"
+        if _lies_in(kind.__module__, "torch") and isinstance(inside, nn.RNNBase):
+            return f"{kind.__name__} is one call already, and rounds otherwise when it is recorded"
     return ""
 
 

@@ -360,6 +360,50 @@ def test_what_users_wrote_is_called_every_time() -> None:
     assert count.calls == before + NEEDED + 3
 
 
+class Tally(nn.Module):
+    """Counts in a buffer, which is no code of its own."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.fc(x) / self.calls
+        return out
+
+
+def test_what_is_counted_in_a_buffer_is_counted_once() -> None:
+    x = torch.randn(2, 8)
+    q = fxquant.quantize(Tally().eval(), [x], mode="static", backend="x86")
+    start = float(cast("Any", q).calls)
+    for calls in range(1, NEEDED + 3):
+        q(x)
+        assert float(cast("Any", q).calls) == start + calls
+    assert executor(q).count == 0
+
+
+def test_inputs_that_are_written_to_are_written_to_once() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.add_(1.0)
+            out: Tensor = self.fc(x)
+            return out
+
+    q = fxquant.quantize(Writes().eval(), [torch.randn(2, 8)], mode="static", backend="x86")
+    for _ in range(NEEDED + 2):
+        once, wanted = torch.zeros(2, 8), torch.zeros(2, 8)
+        assert torch.equal(q(once), plain(q, wanted))
+        assert torch.equal(once, wanted)
+
+
 class Noise(nn.Module):
     """Draws anew in every call."""
 
