@@ -30,15 +30,22 @@ def sqnr(expected: Tensor, got: Tensor) -> float:
 
 
 def contender(name: str, model: nn.Module, data: list[Tensor]) -> nn.Module:
-    """``float``, ``fx:ENGINE`` (torch's FX mode), or ``fxquant:BACKEND``."""
+    """``float``, ``fx:ENGINE`` (torch's FX mode), or ``fxquant:BACKEND``.
+
+    ``fxquant:BACKEND/graph`` runs the code of its graph, and no recorded program.
+    """
     kind, _, variant = name.partition(":")
     if kind == "float":
         return model
     if kind == "fx":
         return fx_static(model, data, variant)
-    return fxquant.quantize(
-        model, data, mode="static", backend=variant, example_inputs=(data[0][:1],)
+    backend, _, way = variant.partition("/")
+    made = fxquant.quantize(
+        model, data, mode="static", backend=backend, example_inputs=(data[0][:1],)
     )
+    if way == "graph":
+        made.run_by(None)
+    return made
 
 
 def timed(model: nn.Module, x: Tensor, iterations: int) -> list[float]:

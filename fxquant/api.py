@@ -38,7 +38,7 @@ from fxquant.errors import (
 )
 from fxquant.graph.held_state import random_kept
 from fxquant.graph.settle import unwrapped
-from fxquant.graph.user_class import with_user_class, with_user_class_of
+from fxquant.graph.user_class import UserModule, with_user_class, with_user_class_of
 from fxquant.numerics.fake_quantizer import FakeQuantize
 from fxquant.numerics.observers import Observer
 from fxquant.progress import Progress, check_progress, showing
@@ -95,7 +95,7 @@ def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     train: Callable[[nn.Module], object] | None = None,
     progress: Progress = None,
     strict: bool = False,
-) -> GraphModule:
+) -> UserModule:
     """Return an int8 version of ``model``; ``model`` itself is never changed.
 
     Args:
@@ -302,7 +302,7 @@ def calibrate(
 @_outside_inference_mode
 def convert(
     prepared: nn.Module, *, backend: str = "auto", min_coverage: float | None = None
-) -> GraphModule:
+) -> UserModule:
     """Return the int8 model of a calibrated one; ``prepared`` is left as it is.
 
     Args:

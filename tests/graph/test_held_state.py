@@ -34,12 +34,12 @@ def test_quantizing_leaves_the_count_of_the_model(backend: str) -> None:
     model, x = Counting().eval(), torch.randn(16, 8)
     model(x)
     q = fxquant.quantize(model, [x] * 3, backend=backend)
-    assert float(model.calls) == float(q.calls) == 1  # type: ignore[arg-type]
+    assert float(model.calls) == float(q.calls) == 1
     for calls in (2, 3):
         found, wanted = q(x), model(x)
         # 8 bits of one layer: well above 30 dB. A wrong count would leave 6 dB.
         assert (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
-        assert float(q.calls) == calls  # type: ignore[arg-type]
+        assert float(q.calls) == calls
 
 
 def test_only_what_is_written_is_kept() -> None:
