@@ -283,9 +283,7 @@ def lower(prepared: GraphModule, backend: Backend) -> GraphModule:
     done: list[tuple[str, Record]] = []
     for part in record.placed():
         inside = _submodule(prepared, part.place)
-        inner = lower(inside, backend)
-        if isinstance(inside, UserModule):
-            inner = with_user_class_of(inner, inside)
+        inner = with_user_class_of(lower(inside, backend), inside)
         _put(converted, _submodule(converted, part.place), inner)
         done.append((part.path, record_of(inner)))
     _own_tensors(converted, prepared)

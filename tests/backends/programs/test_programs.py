@@ -360,6 +360,35 @@ def test_what_users_wrote_is_called_every_time() -> None:
     assert count.calls == before + NEEDED + 3
 
 
+class Branches(nn.Module):
+    """Goes on by what its first layer says; its parts are captured one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.second = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        out: Tensor = self.second(y if y.sum() > 0 else -y)
+        return out
+
+
+def test_parts_of_models_are_programs_of_their_own() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(4, 8) for _ in range(12)]
+    q = fxquant.quantize(Branches().eval(), data, mode="static", backend="x86")
+    slow = copy.deepcopy(q)
+    parts = [m for m in q.modules() if isinstance(m, UserModule) and m is not q]
+    assert len(parts) == 2
+    for module in slow.modules():
+        if isinstance(module, UserModule):
+            module.run_by(None)
+    for x in data:
+        assert torch.equal(q(x), slow(x))
+    assert [executor(part).count for part in parts] == [1, 1]
+
+
 class Tally(nn.Module):
     """Counts in a buffer, which is no code of its own."""
 
