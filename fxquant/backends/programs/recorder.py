@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxquant.backends.programs.recording import Recording, Step, Value, is_pure, values_in
+from fxquant.backends.programs.recording import (
+    Recording,
+    Step,
+    Value,
+    found_in,
+    is_pure,
+    values_in,
+)
 from fxquant.graph.dispatch import QuietMode
 
 MOST_STEPS: Final = 20_000
@@ -23,6 +30,7 @@ _BLANK: Final = (
     *("new_empty", "new_empty_strided"),
 )
 """Operators that make memory which another has to write to before it is read."""
+_OVERWRITING: Final = ("aten::copy_", "aten::fill_.Scalar", "aten::fill_.Tensor", "aten::zero_")
 _READ_BY_PYTHON: Final = ("aten::_pack_padded_sequence",)
 """Operators whose results Python reads past every mode: ``batch_sizes.tolist()``."""
 
@@ -267,12 +275,12 @@ class _Recorder(QuietMode):
         places = [self._numbers.memory(self._values(tensor)) for tensor in written]
         if not self._kept.isdisjoint(places):
             return f"{func.name()} writes to an input, or to what the model holds"
-        self._blank.difference_update(places)
         views = {_storage(part) for part in _tensors(made)}
         for tensor in read if self._blank else ():
             looks = is_pure(func) and _storage(tensor) in views
             if tensor.numel() and not looks and self._is_blank(tensor):
                 return f"{func.name()} reads memory that no operator wrote"
+        self._blank.difference_update(places)
         return ""
 
     def _is_blank(self, tensor: Tensor) -> bool:
@@ -283,25 +291,22 @@ class _Recorder(QuietMode):
 def _written_and_read(
     func: Any, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors that an operator says it writes to, and the others that it is given."""
+    """The tensors that an operator says it writes to, and those that it reads."""
     written: list[Tensor] = []
     read: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         given = args[place] if place < len(args) else named.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        # What writes to its first argument reads it, too; what writes to its out= does not.
-        (written if writes else read).extend(_tensors(given))
+        if writes:
+            written.extend(_tensors(given))
+        # What computes in place reads that place, too.
+        if not writes or not (argument.is_out or func.name() in _OVERWRITING):
+            read.extend(_tensors(given))
     return tuple(written), tuple(read)
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, tuple | list):
-        for item in nest:
-            yield from _tensors(item)
-    elif isinstance(nest, dict):
-        yield from _tensors(tuple(nest.values()))
+    return found_in(nest, Tensor)
 
 
 def _why_not(func: Any, made: Any, others: tuple[Tensor, ...]) -> str:

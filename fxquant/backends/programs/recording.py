@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,18 @@ def values_in(nest: Any) -> Iterator[Value]:
         >>> [value.number for value in values_in(([Value(1), 2], {"a": Value(3)}))]
         [1, 3]
     """
-    if isinstance(nest, Value):
+    return found_in(nest, Value)
+
+
+def found_in(nest: Any, kind: type[Found]) -> Iterator[Found]:
+    """All that is of one class in tuples, lists and dictionaries."""
+    if isinstance(nest, kind):
         yield nest
     elif isinstance(nest, tuple | list):
         for item in nest:
-            yield from values_in(item)
+            yield from found_in(item, kind)
     elif isinstance(nest, dict):
-        yield from values_in(tuple(nest.values()))
+        yield from found_in(tuple(nest.values()), kind)
 
 
 def is_pure(op: Any) -> bool:

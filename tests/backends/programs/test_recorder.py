@@ -215,7 +215,13 @@ def _written_by_numpy_alone(x: Tensor) -> Tensor:
     return made
 
 
-@pytest.mark.parametrize("run", [_written_by_numpy, _written_by_numpy_alone])
+def _computed_in_place(x: Tensor) -> Tensor:
+    made = torch.empty(2, 3)
+    made.numpy()[:] = x.numpy() * 2
+    return made.mul_(x)
+
+
+@pytest.mark.parametrize("run", [_written_by_numpy, _written_by_numpy_alone, _computed_in_place])
 def test_memory_that_no_operator_wrote_is_refused(run: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 3)
     assert "memory that no operator wrote" in refused(lambda: run(x), x)
