@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -17,6 +18,25 @@ _GLOBAL_HOOK: Final[Callable[[], bool] | None] = getattr(
 """Whether there is a hook on all modules; torch keeps the question to itself."""
 _OTHER: Final = 5
 """The place of what is added among the arguments of the kernel: after the weight's."""
+
+
+@functools.cache
+def keeps_summand(real: torch.dtype) -> bool:
+    """Whether the kernel adds a summand of type ``real`` without writing over it.
+
+    Without AVX512 there is no such kernel in bfloat16 (torch 2.13); in float32 there always is.
+    """
+    codes = torch.zeros(1, 1, dtype=torch.uint8)
+    packed = _ONEDNN.qlinear_prepack(torch.zeros(1, 1, dtype=torch.int8), None)
+    zero = torch.zeros(1, dtype=torch.int32)
+    head = (codes, 1.0, 0, packed, torch.ones(1), zero, torch.zeros(1, 1, dtype=real))
+    try:
+        _ONEDNN.qlinear_pointwise.binary(
+            *head, None, 1.0, 0, real, 1.0, 0, "add", 1.0, "none", [], ""
+        )
+    except RuntimeError:
+        return False
+    return True
 
 
 class X86LinearAdd(X86Linear):
@@ -48,6 +68,7 @@ class X86LinearAdd(X86Linear):
             overwrites: (bias, *out, 1.0, 0, "sum" if overwrites else "add", 1.0, *post)
             for overwrites in (False, True)
         }
+        self._keeps = keeps_summand(self.real)
 
     def forward(self, codes: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is open to any arguments
         """One kernel call; ``other`` is float shaped as the result, or is added by torch."""
@@ -59,8 +80,12 @@ class X86LinearAdd(X86Linear):
             return super().forward(codes) + other
         total = other.contiguous()
         spare = self.overwrites and not tracked and not self._is_hooked()
-        free = total is not other or spare
-        ending = self._endings[free and not torch.compiler.is_compiling()]
+        free = (total is not other or spare) and not torch.compiler.is_compiling()
+        if not free and not self._keeps:
+            if torch.compiler.is_compiling():
+                return super().forward(codes) + other
+            total, free = other.clone(memory_format=torch.contiguous_format), True
+        ending = self._endings[free]
         result: Tensor = _ONEDNN.qlinear_pointwise.binary(codes, *self._head, total, *ending)
         return result
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxquant
-from fxquant.backends import x86_float_sums
+from fxquant.backends import x86_float_sums, x86_linear_add
 from fxquant.backends.x86 import X86
 from fxquant.backends.x86_float_sums import may_overwrite
 from fxquant.backends.x86_layers import PostOp
@@ -72,6 +72,26 @@ def test_sums_match_float64(
     limit = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-21
     assert float((made - wanted).abs().max()) <= limit * float(wanted.abs().max())
     assert torch.equal(given, made if overwrites else other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_kernel_that_keeps_the_summand(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """As on processors without AVX512, where there is none in bfloat16: a copy is added to."""
+    monkeypatch.setattr(x86_linear_add, "keeps_summand", lambda _real: False)
+    layer, exact = layer_of(False, dtype)
+    codes, other = some_codes(5, 37), torch.randn(5, 24).to(dtype)
+    given = other.clone()
+    with torch.no_grad():
+        made = layer(codes, given)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(codes, given)
+    wanted = exact(codes) + other.double()
+    limit = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-21
+    assert float((made - wanted).abs().max()) <= limit * float(wanted.abs().max())
+    # In compiled graphs torch adds: two roundings.
+    assert float((compiled - wanted).abs().max()) <= 2 * limit * float(wanted.abs().max())
+    assert torch.equal(given, other)
 
 
 @pytest.mark.parametrize("overwrites", [True, False])
