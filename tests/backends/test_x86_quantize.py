@@ -213,7 +213,7 @@ def test_infinities_of_the_input_saturate() -> None:
     model = One(lambda m, x: m.last(x), **parts()).eval()
     # Of 7 bits, both backends make the same weights on processors without VNNI, too.
     weight = fxquant.QSpec("int8", bits=7, symmetric=True, granularity="channel", observer="minmax")
-    options = {"mode": "static", "qconfig": fxquant.QConfig(weight=weight)}
+    options: dict[str, Any] = {"mode": "static", "qconfig": fxquant.QConfig(weight=weight)}
     made = fxquant.quantize(model, [x], backend="x86", **options)
     like = fxquant.quantize(model, [x], backend="reference", **options)
     x[0, 3], x[1, 4], x[2, 5] = torch.inf, -torch.inf, 1e30
