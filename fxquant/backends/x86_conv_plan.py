@@ -25,6 +25,9 @@ shapes with a sum in float64, and has a form that is right:
   of zeros behind the kernel, taps as well, make it as deep.
 - *One column.* A result one column wide, of a kernel wider than that with a stride, is made of two
   columns, of which the second is cut off.
+- *Steps.* Without AVX512 strided kernels of one pixel first gather what they read, and where the
+  channels do not fill vectors of 16 one thread writes over what the other has gathered: now and
+  then, or in every call, depending on the size. The layer leaves out what is stepped over.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.backends.x86_pairs import has_tiles
+from fxquant.backends.x86_pairs import has_avx512_kernels, has_tiles
 
 _LOWERED: Final = 32
 """Rows are lowered where the input channels of a group take fewer bytes."""
@@ -45,6 +48,8 @@ _ROW: Final = 64
 """Bytes of a row of a tile."""
 _WORD: Final = 4
 """Bytes that are multiplied together."""
+_VECTOR: Final = 16
+"""Bytes that kernels without AVX512 gather at a time."""
 
 _FLAT: Final = 2
 _DEEP: Final = 3
@@ -85,6 +90,7 @@ class Plan:
         fill: codes that the layer writes at both ends of each dimension, as ``F.pad`` takes them.
         taps: rows of zeros at the end of each dimension of the kernel.
         narrow: codes this wide, or less, give one column, which the kernel gets wrong.
+        step: the stride of each dimension that the layer takes instead of the kernel.
     """
 
     geometry: Geometry
@@ -93,11 +99,12 @@ class Plan:
     fill: tuple[int, ...] = ()
     taps: tuple[int, ...] = ()
     narrow: int = 0
+    step: tuple[int, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Whether the kernel is given the codes as they are, whatever their size."""
-        return not self.fill and not self.narrow
+        return not (self.fill or self.narrow or self.step)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The weight as the kernel is given it.
@@ -126,13 +133,23 @@ class Plan:
 
     def shape(self, shape: tuple[int, ...] | None) -> list[int] | None:
         """The shape of what the kernel is given for codes of ``shape``."""
-        if shape is None or not self.fill:
-            return None if shape is None else list(shape)
+        if shape is None:
+            return None
+        if self.step:
+            steps = zip(shape[2:], self.step, strict=True)
+            return [*shape[:2], *(-(-side // step) for side, step in steps)]
+        if not self.fill:
+            return list(shape)
         sides = zip(shape[2:], self.fill[-2::-2], self.fill[::-2], strict=True)
         return [*shape[:2], *(side + before + after for side, before, after in sides)]
 
     def codes(self, codes: Tensor) -> Tensor:
-        """What the kernel is given: ``codes`` with the padding that the layer writes."""
+        """What the kernel is given: ``codes`` padded, or without what is stepped over."""
+        if self.step:
+            sides = [slice(0, None, step) for step in self.step]
+            last = _LAST.get(len(sides), torch.contiguous_format)
+            read: Tensor = codes[:, :, *sides]
+            return read.contiguous(memory_format=last)
         return F.pad(codes, self.fill, value=self.reads) if self.fill else codes
 
     def is_narrow(self, codes: Tensor) -> bool:
@@ -172,6 +189,7 @@ def plan_of(
     *,
     size: int = 1,
     tiles: bool | None = None,
+    wide: bool | None = None,
 ) -> Plan:
     """How the kernel gets a convolution right.
 
@@ -181,7 +199,11 @@ def plan_of(
         zero_point: of the codes that it reads; 0 for numbers.
         size: bytes of a code, or of a number.
         tiles: whether kernels with AMX run it; ``None`` asks the processor.
+        wide: whether kernels with AVX512 run it; ``None`` asks the processor.
     """
+    gathers = size == 1 and _steps(shape, geometry)
+    if gathers and not (has_avx512_kernels() if wide is None else wide):
+        return _stepping(geometry, zero_point)
     tiled = has_tiles() if tiles is None else tiles
     told = zero_point == 0 or not _loses_zero_point(shape, geometry, tiled)
     pads = not told or _loses_depth(shape, geometry, size) or _may_miss(shape, geometry)
@@ -192,6 +214,20 @@ def plan_of(
     if any(taps) or pads:
         plan = _padding(plan)
     return replace(plan, narrow=_narrow(shape, plan))
+
+
+def _steps(shape: tuple[int, ...], geometry: Geometry) -> bool:
+    """Whether a kernel of one pixel steps over pixels whose channels do not fill vectors."""
+    single = max(shape[2:]) == 1 and not any(geometry.padding) and geometry.groups == 1
+    flat = len(geometry.stride) < _DEEP
+    return single and flat and max(geometry.stride) > 1 and shape[1] % _VECTOR > 0
+
+
+def _stepping(geometry: Geometry, zero_point: int) -> Plan:
+    """The layer leaves out what is stepped over."""
+    rank = len(geometry.stride)
+    close = replace(geometry, stride=(1,) * rank)
+    return Plan(close, zero_point, zero_point, taps=(0,) * rank, step=geometry.stride)
 
 
 def _padding(plan: Plan) -> Plan:

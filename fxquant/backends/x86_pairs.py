@@ -41,6 +41,13 @@ def has_tiles() -> bool:
 
 
 @functools.cache
+def has_avx512_kernels() -> bool:
+    """Whether convolutions and linears run on the kernels for AVX512 with VNNI."""
+    probe = getattr(torch.cpu, "_is_avx512_supported", None)
+    return probe is not None and bool(probe()) and not layers_saturate()
+
+
+@functools.cache
 def layers_saturate() -> bool:
     """Whether the kernels of convolutions and linears lose the largest products."""
     onednn, zeros = torch.ops.onednn, torch.zeros(_WIDTH, dtype=torch.int32)

@@ -46,7 +46,7 @@ class X86Stem(X86Conv):
             return None
         batch, _, *sides = self.shape
         padded = [side + 2 * p for side, p in zip(sides, self.geometry.padding, strict=True)]
-        return [batch, PACKED_CHANNELS, *padded]
+        return self.plan.shape((batch, PACKED_CHANNELS, *padded))
 
     def forward(self, x: Tensor) -> Tensor:
         """One kernel call; ``x`` float ``[batch, channels, height, width]``, or without batch."""
