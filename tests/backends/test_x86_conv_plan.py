@@ -379,6 +379,8 @@ def _on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
         (nn.Conv2d(3, 32, 32, stride=32), (2, 3, 64, 96)),
         (nn.Conv2d(3, 32, 7, stride=2, padding=3), (2, 3, 33, 2)),
         (nn.Sequential(nn.SiLU(), nn.Conv2d(48, 80, 3, padding=1, groups=2)), (2, 48, 9, 9)),
+        (nn.Sequential(nn.SiLU(), nn.Conv2d(24, 56, 1, stride=2)), (4, 24, 28, 28)),
+        (nn.Conv2d(3, 24, 1, stride=3), (4, 3, 28, 28)),
         (nn.Sequential(nn.SiLU(), nn.ConvTranspose2d(48, 80, 4, 2, 1, groups=2)), (2, 48, 9, 9)),
         (nn.Sequential(nn.SiLU(), nn.ConvTranspose1d(24, 48, 9, 3, 2)), (2, 24, 9)),
     ],
