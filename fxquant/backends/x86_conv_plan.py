@@ -25,9 +25,10 @@ shapes with a sum in float64, and has a form that is right:
   of zeros behind the kernel, taps as well, make it as deep.
 - *One column.* A result one column wide, of a kernel wider than that with a stride, is made of two
   columns, of which the second is cut off.
-- *Steps.* Without AVX512 strided kernels of one pixel first gather what they read, and where the
-  channels do not fill vectors of 16 one thread writes over what the other has gathered: now and
-  then, or in every call, depending on the size. The layer leaves out what is stepped over.
+- *Steps.* Without AVX512 strided kernels of one pixel first gather what they read, in vectors of 16
+  bytes (``rtus_driver_t``). Where the channels do not fill them, a thread writes over what the next
+  has gathered, now and then or in every call, depending on the size; the last one, behind the
+  memory. The layer leaves out what is stepped over.
 """
 
 from __future__ import annotations
