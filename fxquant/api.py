@@ -22,6 +22,7 @@ from fxquant.arguments import (
     check_model,
     check_share,
     no_ranges,
+    on_device_of,
     resolve_overrides,
     split_example,
     tensor_example,
@@ -67,18 +68,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+def _apart(function: Callable[P, R]) -> Callable[P, R]:
     """Observers and weights made under ``torch.inference_mode()`` could never be changed again."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_device_of((*args, *kwargs.values())):
             return function(*args, **kwargs)
 
     return call
 
 
-@_outside_inference_mode
+@_apart
 def quantize(  # noqa: PLR0913 - the one call has every option as a keyword
     model: nn.Module,
     calibration: Any = None,
@@ -214,7 +215,7 @@ def _see_shapes(prepared: GraphModule, args: tuple[Any, ...], kwargs: dict[str, 
         record.inputs = in_order(prepared, *own)
 
 
-@_outside_inference_mode
+@_apart
 def prepare(
     model: nn.Module,
     *,
@@ -266,7 +267,7 @@ def prepare(
     return made
 
 
-@_outside_inference_mode
+@_apart
 def calibrate(
     prepared: nn.Module,
     data: Any,
@@ -299,7 +300,7 @@ def calibrate(
         )
 
 
-@_outside_inference_mode
+@_apart
 def convert(
     prepared: nn.Module, *, backend: str = "auto", min_coverage: float | None = None
 ) -> UserModule:

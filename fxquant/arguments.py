@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ def ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     names = list(inspect.signature(model.forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
     return {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def on_device_of(given: Iterable[Any]) -> AbstractContextManager[Any]:
+    """What is made for a model on the processor is made there, whatever torch's default device is.
+
+    Args:
+        given: the arguments of a call, of which the first model counts.
+    """
+    if torch.get_default_device().type == "cpu":
+        return nullcontext()
+    model = next((value for value in given if isinstance(value, nn.Module)), None)
+    tensors = () if model is None else (*model.parameters(), *model.buffers())
+    here = model is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+    return torch.device("cpu") if here else nullcontext()
 
 
 def check_model(model: nn.Module) -> None:

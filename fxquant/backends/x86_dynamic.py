@@ -74,7 +74,7 @@ class X86DynamicLinear(X86Layer):
         """One quantization and one product; ``x`` floating ``[..., inputs]``."""
         outputs, inputs = self.weight_shape
         if x.numel() == 0:
-            made = torch.zeros((*x.shape[:-1], outputs))
+            made = torch.zeros((*x.shape[:-1], outputs), device="cpu")
             made = made if self.bias is None else made.add_(self.bias)
         else:
             made = self._product(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
@@ -161,7 +161,7 @@ class X86DynamicConv(X86Layer):
         real, weight = (t.to("meta", torch.float32) for t in (x, self.weight))
         conv = convs[weight.dim() - 3]
         like = conv(real, weight, None, g.stride, g.padding, g.dilation, g.groups)
-        return torch.empty(like.shape)
+        return torch.empty(like.shape, device="cpu")
 
     def extra_repr(self) -> str:
         """Shapes and what is quantized, for ``print(model)``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.backends.x86_layers import X86Linear
+from fxquant.backends.x86_pairs import asked_once
 
 _ONEDNN: Final = torch.ops.onednn
 _GLOBAL_HOOK: Final[Callable[[], bool] | None] = getattr(
@@ -20,7 +20,7 @@ _OTHER: Final = 5
 """The place of what is added among the arguments of the kernel: after the weight's."""
 
 
-@functools.cache
+@asked_once
 def keeps_summand(real: torch.dtype) -> bool:
     """Whether the kernel adds a summand of type ``real`` without writing over it.
 

@@ -103,10 +103,10 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = (*batch, a.shape[-2], b.shape[-1])
     if math.prod(shape) == 0 or a.shape[-1] == 0:
-        return torch.zeros(shape, dtype=torch.int32)
+        return torch.zeros(shape, dtype=torch.int32, device="cpu")
     if b.dim() == 2:
         return integer_product(a.reshape(-1, a.shape[-1]), b).view(shape)
-    total = torch.empty((math.prod(batch), *shape[-2:]), dtype=torch.int32)
+    total = torch.empty((math.prod(batch), *shape[-2:]), dtype=torch.int32, device="cpu")
     lefts = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     rights = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
     for left, right, out in zip(lefts, rights, total, strict=True):

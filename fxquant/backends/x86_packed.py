@@ -5,7 +5,6 @@ Layers that share a weight share what is packed; a state dict has one tensor for
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import MutableMapping
 from typing import Final
@@ -13,6 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fxquant.backends.x86_pairs import asked_once
 
 _ONEDNN: Final = torch.ops.onednn
 
@@ -41,7 +42,7 @@ def unpacked_linear(packed: Tensor) -> Tensor:
     return packed.to_dense().t().contiguous()
 
 
-@functools.cache
+@asked_once
 def unpacks_exactly() -> bool:
     """Whether this torch gives the plain weight back, of sizes that fill no block too."""
     generator = torch.Generator().manual_seed(0)

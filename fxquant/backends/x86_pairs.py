@@ -8,17 +8,35 @@ wrong numbers (``vpmaddubsw`` saturates, see :func:`fxquant.numerics.integer.pai
 from __future__ import annotations
 
 import functools
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+P = ParamSpec("P")
+R = TypeVar("R")
 TAKES_UNSIGNED: Final = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 """Whether ``torch._int_mm`` takes uint8 codes on a processor: that of torch 2.11 does not."""
 _WIDTH: Final = 64
 _CODE: Final = 255
 _WEIGHT: Final = 127
+
+
+def asked_once(probe: Callable[P, R]) -> functools._lru_cache_wrapper[R]:
+    """Keep what a question to the kernels of the processor was answered.
+
+    It is asked with tensors on the processor, whatever torch's default device is at that moment.
+    """
+
+    @functools.cache
+    @functools.wraps(probe)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return probe(*args, **kwargs)
+
+    return ask
 
 
 def has_vnni() -> bool:
@@ -40,14 +58,14 @@ def has_tiles() -> bool:
     return bool(probe()) if probe is not None else False
 
 
-@functools.cache
+@asked_once
 def has_avx512_kernels() -> bool:
     """Whether convolutions and linears run on the kernels for AVX512 with VNNI."""
     probe = getattr(torch.cpu, "_is_avx512_supported", None)
     return probe is not None and bool(probe()) and not layers_saturate()
 
 
-@functools.cache
+@asked_once
 def layers_saturate() -> bool:
     """Whether the kernels of convolutions and linears lose the largest products."""
     onednn, zeros = torch.ops.onednn, torch.zeros(_WIDTH, dtype=torch.int32)
@@ -67,7 +85,7 @@ def layers_saturate() -> bool:
     return not (bool((linear == exact).all()) and bool((conv == 9 * exact).all()))
 
 
-@functools.cache
+@asked_once
 def products_saturate() -> bool:
     """Whether ``torch._int_mm`` does; without VNNI torch has a loop of its own, which does not."""
     codes = torch.full((_WIDTH, _WIDTH), _CODE, dtype=torch.uint8)

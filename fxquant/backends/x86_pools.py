@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.backends.x86_pairs import asked_once
 from fxquant.graph.op_table import op_named
 
 _PIXELS: Final = 64 * 64
@@ -83,7 +83,7 @@ class MaxPoolCodes(nn.Module):
         return f"{self.rank}d, {given}"
 
 
-@functools.cache
+@asked_once
 def has_max_pool() -> bool:
     """Whether this torch has ``quantized::max_pool2d`` for plain uint8 tensors."""
     try:

@@ -145,7 +145,7 @@ def _ends(scale: float, zero_point: int) -> Tensor:
     """The numbers of the codes 0 and 255; the kernel adds 1e-8 to the distance between them."""
     with torch.inference_mode(False):
         low, high = -zero_point * scale, (255 - zero_point) * scale - 1e-8
-        return torch.tensor([[low, high]], dtype=torch.float32)
+        return torch.tensor([[low, high]], dtype=torch.float32, device="cpu")
 
 
 register_kernel(QUANTIZE, quantize_bounded)

@@ -34,7 +34,7 @@ _ORDER: Final[dict[Kind, tuple[int, ...]]] = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1
 """Blocks of a weight in the order computed with: those of sigmoids first."""
 _VECTOR: Final = 32
 """Numbers that torch's kernels take at a time, at most: two vectors of AVX512."""
-_MOST: Final = torch.tensor(float(STATE.quant_max))
+_MOST: Final = torch.tensor(float(STATE.quant_max), device="cpu")
 _MANY: Final = 8
 """Rows of inputs from which oneDNN's kernel was measured faster than FBGEMM's (VNNI, 2 threads)."""
 _UNDIVIDED: Final = 32736
@@ -192,7 +192,9 @@ class X86Recurrent(IntegerRecurrent):
         """Codes, scales and bias, in the order and with the padding that is computed with."""
         codes, scale = self.matrix(weight)
         held = self._buffers.get(bias)
-        shift = torch.zeros(codes.shape[0]) if held is None else held.detach()
+        shift = (
+            codes.new_zeros(codes.shape[0], dtype=torch.float32) if held is None else held.detach()
+        )
         codes, scale = codes.detach(), scale.detach()
         more = self.padded - self.hidden_size
         if codes.shape[1] == self.hidden_size and not weight.startswith("weight_ih"):
@@ -226,7 +228,7 @@ class X86Recurrent(IntegerRecurrent):
             # Of the three, only relu may grow without bound from finite numbers.
             guarded = self.mode == "RNN_RELU" or not bool(torch.isfinite(total))
             width = self.proj_size or self.padded
-            out = torch.empty(x.shape[0], width)
+            out = _room(x.shape[0], width)
             wide = (width, self.padded)[: len(state)]
             ends = tuple(
                 F.pad(part.detach(), (0, to - part.shape[1]))
@@ -264,7 +266,7 @@ class X86Recurrent(IntegerRecurrent):
         loop = fastest_lstm_loop()
         for rows, times in steps.runs():
             given, made = [list(part) for part in zip(*times, strict=True)]
-            gates, bounded = torch.empty(rows, 4 * hidden), torch.empty(rows, hidden)
+            gates, bounded = _room(rows, 4 * hidden), _room(rows, hidden)
             cell = steps.ends[1][:rows].mul_(2.0)
             steps.state = loop(
                 steps.state,
@@ -292,7 +294,7 @@ class X86Recurrent(IntegerRecurrent):
             product = _Rows(packed.from_state, rows, guarded).add
             last = packed.projection
             project = None if last is None else _Rows(last, rows, guarded).add
-            gates, bounded = torch.empty(rows, 4 * hidden), torch.empty(rows, hidden)
+            gates, bounded = _room(rows, 4 * hidden), _room(rows, hidden)
             let_in, keep, out, fresh = gates.chunk(4, 1)
             cell, state = steps.ends[1][:rows].mul_(2.0), steps.state
             pieces = list(zip(_pieces(cell), _pieces(bounded), strict=True))
@@ -317,10 +319,10 @@ class X86Recurrent(IntegerRecurrent):
         hidden, bias = self.padded, packed.from_state.bias
         for rows, times in steps.runs():
             product = _Rows(packed.from_state, rows, guarded).add
-            gates = torch.empty(rows, 3 * hidden)
+            gates = _room(rows, 3 * hidden)
             reset, update, more = gates.chunk(3, 1)
             sums, sigmoids = gates[:, : 2 * hidden], _pieces(gates[:, : 2 * hidden])
-            fresh, state = torch.empty(rows, hidden), steps.state
+            fresh, state = _room(rows, hidden), steps.state
             for given, made in times:
                 product(state, bias, gates)
                 sums.add_(given[:, : 2 * hidden])
@@ -342,6 +344,11 @@ class X86Recurrent(IntegerRecurrent):
                 activate(made)
                 state = made
             steps.state = state
+
+
+def _room(rows: int, width: int) -> Tensor:
+    """Memory on the processor, whatever torch's default device is."""
+    return torch.empty(rows, width, device="cpu")
 
 
 def _totals(codes: Tensor) -> Tensor:

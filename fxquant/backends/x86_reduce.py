@@ -123,7 +123,7 @@ def _ends(reads: QType, writes: QType, centred: bool) -> Tensor | None:
     if not full or not _RATIOS[0] < ratio < _RATIOS[1] or (ratio * _SIMPLE).is_integer():
         return None
     low = (0.0 if centred else reads.zero_point) - writes.zero_point * ratio
-    return torch.tensor([[low, low + 255 * ratio - 1e-8]])
+    return torch.tensor([[low, low + 255 * ratio - 1e-8]], device="cpu")
 
 
 _PICTURE: Final = 2

@@ -15,7 +15,6 @@ a row that fills no whole number of them, so there short rows are copied without
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -23,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fxquant.backends.x86_pairs import has_tiles
+from fxquant.backends.x86_pairs import asked_once, has_tiles
 from fxquant.numerics.dynamic import byte_rows, byte_scales
 from fxquant.numerics.rounding import ROUND_TO_LOW_BITS
 from fxquant.spec import QSpec
@@ -33,8 +32,8 @@ _TILE: Final = 64
 _SHORT: Final = 1024
 _BLOCK: Final = 32
 """The kernel saturates whole blocks of so many codes, and lets others wrap around."""
-_CODES: Final = torch.tensor([[0.0, 255.0]])
-_EPSILON: Final = torch.tensor([[0.0, -1e-8]])
+_CODES: Final = torch.tensor([[0.0, 255.0]], device="cpu")
+_EPSILON: Final = torch.tensor([[0.0, -1e-8]], device="cpu")
 """What the kernel adds to the width of a row is taken from it beforehand."""
 _SCALES: Final = (2.0**-30, 2.0**119)
 """Below the first that leaves too few digits; above the second the width of a row overflows."""
@@ -98,7 +97,7 @@ def _usual_scales(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     Of a few numbers a call takes as long as it takes to be made, 2 to 3 us: here are nine calls
     beside the two that read the rows, and there seventeen.
     """
-    ends = torch.empty((2, rows.shape[0], 1))
+    ends = torch.empty((2, rows.shape[0], 1), device="cpu")
     torch.amin(rows, -1, keepdim=True, out=ends[0])
     torch.amax(rows, -1, keepdim=True, out=ends[1])
     ends.clamp_(*_AROUND_ZERO)
@@ -113,13 +112,13 @@ def _usual_scales(rows: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 _AROUND_ZERO: Final = (
-    torch.tensor([[[-math.inf]], [[0.0]]]),
-    torch.tensor([[[0.0]], [[math.inf]]]),
+    torch.tensor([[[-math.inf]], [[0.0]]], device="cpu"),
+    torch.tensor([[[0.0]], [[math.inf]]], device="cpu"),
 )
-_ROUNDED: Final = torch.tensor(ROUND_TO_LOW_BITS)
+_ROUNDED: Final = torch.tensor(ROUND_TO_LOW_BITS, device="cpu")
 
 
-@functools.cache
+@asked_once
 def byte_kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
     """FBGEMM's kernel, if this torch has it and it computes what is expected of it."""
     try:

@@ -8,7 +8,6 @@ Both add up integers: a row has the same sums from either.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, Final
 
@@ -16,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.backends.x86_pairs import asked_once
+
 _ONEDNN: Final = torch.ops.onednn
 _ENDS: Final = (-128.0, 127.0)
 """FBGEMM's kernel takes scale and zero point from the least and the largest number it is given:
 with these two beside every row they are 1 and 128, and rows of codes are taken as they are."""
-_ENDS_ROW: Final = torch.tensor(_ENDS)
+_ENDS_ROW: Final = torch.tensor(_ENDS, device="cpu")
 
 
 class RowSums:
@@ -43,7 +44,7 @@ class RowSums:
         self._legacy = has_fbgemm()
         if self._legacy:
             wide = F.pad(weight, (0, len(_ENDS)))
-            zeros = torch.zeros(self.outputs)
+            zeros = torch.zeros(self.outputs, device="cpu")
             self._call: tuple[Any, ...] = (
                 # Only its shape is looked at.
                 weight.new_zeros(()).expand(wide.shape),
@@ -54,8 +55,8 @@ class RowSums:
                 zeros,
             )
         else:
-            ones = torch.ones(self.outputs)
-            zeros = torch.zeros(self.outputs, dtype=torch.int32)
+            ones = torch.ones(self.outputs, device="cpu")
+            zeros = torch.zeros(self.outputs, dtype=torch.int32, device="cpu")
             packed = _ONEDNN.qlinear_prepack(weight, None)
             self._call = (
                 1.0,
@@ -82,7 +83,7 @@ class RowSums:
 
     def room(self, rows: int) -> Tensor:
         """Memory for so many rows; codes -128 to 127 go into its first ``inputs`` columns."""
-        made = torch.empty(rows, self.inputs + len(_ENDS))
+        made = torch.empty(rows, self.inputs + len(_ENDS), device="cpu")
         made[:, self.inputs :] = _ENDS_ROW
         return made
 
@@ -118,9 +119,10 @@ class ByteSums:
     def __init__(self, weight: Tensor, extra: int) -> None:
         outputs = weight.shape[0]
         packed = _ONEDNN.qlinear_prepack(F.pad(weight, (0, extra)), None)
-        zeros = torch.zeros(outputs, dtype=torch.int32)
+        zeros = torch.zeros(outputs, dtype=torch.int32, device="cpu")
         output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-        self._call = (1.0, 128, packed, torch.ones(outputs), zeros, None, *output)
+        ones = torch.ones(outputs, device="cpu")
+        self._call = (1.0, 128, packed, ones, zeros, None, *output)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """The sums ``[rows, outputs]`` of uint8 ``[rows, inputs + extra]``, one row at least."""
@@ -128,7 +130,7 @@ class ByteSums:
         return result
 
 
-@functools.cache
+@asked_once
 def has_fbgemm() -> bool:
     """Whether this torch has FBGEMM's kernel, and it computes what is expected of it."""
     weight = torch.tensor([[3, -5, 0, 0]], dtype=torch.int8)

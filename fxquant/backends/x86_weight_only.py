@@ -21,7 +21,6 @@ an H200). Rows of float16 are rounded to bfloat16 everywhere: sums of codes pass
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Final
 
 import torch
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.backends.x86_layer_rules import put
-from fxquant.backends.x86_pairs import has_bfloat16
+from fxquant.backends.x86_pairs import asked_once, has_bfloat16
 from fxquant.graph.edit import Editor
 from fxquant.graph.op_table import argument
 from fxquant.numerics.stored import pack_nibbles, rows_of, unpack_nibbles
@@ -94,7 +93,7 @@ class StoredLinear(StoredParts):
         few = x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
         if few and x.shape[-1] % _STEP == 0:
             rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-            ones = torch.ones(len(codes), dtype=torch.bfloat16)
+            ones = torch.ones(len(codes), dtype=torch.bfloat16, device="cpu")
             return torch._weight_int8pack_mm(rows, codes, ones).view(*x.shape[:-1], -1)
         wide = torch.promote_types(x.dtype, torch.bfloat16)  # float32 for float16
         if _multiplies_bfloat16(x.device.type) and not few:
@@ -128,7 +127,7 @@ def unpacked_int4(packed: Tensor, width: int, block: int) -> Tensor:
     return torch.cat((whole, rest))
 
 
-@functools.cache
+@asked_once
 def int4_block() -> int | None:
     """In how large blocks this torch packs rows on this processor; ``None`` if it is not known."""
     generator, width = torch.Generator().manual_seed(0), _STEP

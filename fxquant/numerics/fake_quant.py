@@ -134,7 +134,7 @@ def _in_pieces(
     made = torch.empty_like(x)
     inside = torch.empty_like(x, dtype=torch.bool)
     pieces = (_in_memory_order(each).split(CHUNK) for each in (x, made, inside))
-    rounded = torch.empty(min(CHUNK, x.numel()), dtype=x.dtype)
+    rounded = x.new_empty(min(CHUNK, x.numel()))
     for source, result, mask in zip(*pieces, strict=True):
         steps = rounded[: source.numel()]
         torch.div(source, step, out=steps)

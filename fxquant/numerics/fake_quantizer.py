@@ -66,7 +66,8 @@ class FakeQuantizer(nn.Module):
         self.observing = self.observing if observing is None else observing
         self.quantizing = self.quantizing if quantizing is None else quantizing
         with torch.no_grad():
-            self.switches.copy_(torch.tensor([self.observing, self.quantizing], dtype=torch.uint8))
+            states = [self.observing, self.quantizing]
+            self.switches.copy_(torch.tensor(states, dtype=torch.uint8, device="cpu"))
 
     def scale_in_use(self) -> Tensor:
         """The scale that values are rounded with.

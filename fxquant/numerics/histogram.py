@@ -118,12 +118,12 @@ class HistogramObserver(Observer):
         if self.seen:
             place, counts = _moved(self.bins, (old_exponent, old_first), (exponent, first))
             self.bins.zero_().index_add_(0, place, counts)
-        self.grid.copy_(torch.tensor([exponent, first]))
+        self.grid.copy_(torch.tensor([exponent, first], device="cpu"))
 
     def _forget(self) -> None:
         super()._forget()
         self.bins.zero_()
-        self.grid.copy_(torch.tensor([_SMALLEST_EXPONENT, 0]))
+        self.grid.copy_(torch.tensor([_SMALLEST_EXPONENT, 0], device="cpu"))
 
     def _take_in(self, seen: dict[str, Tensor]) -> None:
         if int(seen["tally"][1]):
