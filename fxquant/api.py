@@ -69,7 +69,7 @@ R = TypeVar("R")
 
 
 def _apart(function: Callable[P, R]) -> Callable[P, R]:
-    """Observers and weights made under ``torch.inference_mode()`` could never be changed again."""
+    """Inference mode would freeze what is made; a default device of another kind misplaces it."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
