@@ -40,6 +40,9 @@ _MANY: Final = 8
 _UNDIVIDED: Final = 32736
 """Numbers that are too few for torch to divide a call among threads; a multiple of 32."""
 
+_room: Final = functools.partial(torch.empty, device="cpu")
+"""Memory ``[rows, width]``, whatever torch's default device is."""
+
 
 @dataclass(frozen=True)
 class _Product:
@@ -192,9 +195,7 @@ class X86Recurrent(IntegerRecurrent):
         """Codes, scales and bias, in the order and with the padding that is computed with."""
         codes, scale = self.matrix(weight)
         held = self._buffers.get(bias)
-        shift = (
-            codes.new_zeros(codes.shape[0], dtype=torch.float32) if held is None else held.detach()
-        )
+        shift = torch.zeros(codes.shape[0], device="cpu") if held is None else held.detach()
         codes, scale = codes.detach(), scale.detach()
         more = self.padded - self.hidden_size
         if codes.shape[1] == self.hidden_size and not weight.startswith("weight_ih"):
@@ -344,11 +345,6 @@ class X86Recurrent(IntegerRecurrent):
                 activate(made)
                 state = made
             steps.state = state
-
-
-def _room(rows: int, width: int) -> Tensor:
-    """Memory on the processor, whatever torch's default device is."""
-    return torch.empty(rows, width, device="cpu")
 
 
 def _totals(codes: Tensor) -> Tensor:
