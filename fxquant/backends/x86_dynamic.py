@@ -63,7 +63,7 @@ class X86DynamicLinear(X86Layer):
 
     def pack(self) -> None:
         """Reorder the weight, and add up its columns."""
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32, device="cpu")
         rows = RowCodes(self.weight_shape[1], self.spec)
         self._head = (_sums(self.weight, self.weight_scale).unsqueeze(0), rows)
         self._kernel = _ONEDNN.qlinear_pointwise.default
@@ -125,7 +125,7 @@ class X86DynamicConv(X86Layer):
         self.plan = plan_of(self.weight_shape, replace(g, padding=(0,) * rank), 0)
         walk, weight = self.plan.geometry.walk, self.plan.weight(self.weight)
         packed = _ONEDNN.qconv_prepack(weight, self.weight_scale, 1.0, 0, *walk, None)
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32, device="cpu")
         self._kernel = _ONEDNN.qconv_pointwise.default
         self._head = (_sums(self.weight, self.weight_scale).view(-1, *(1,) * rank),)
         self._call = (1.0, 0, packed, self.weight_scale, zeros, None, *walk, *_FLOAT)

@@ -211,7 +211,7 @@ class X86Conv(X86Layer):
 
     def _given(self) -> tuple[Any, ...]:
         """The first arguments of every kernel after the codes."""
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32, device="cpu")
         return self.reads.scale, self.plan.zero_point, self._packed(), self.weight_scale, zeros
 
     def _walked(self) -> tuple[Any, ...]:
@@ -290,7 +290,7 @@ class X86Linear(X86Layer):
 
     def pack(self) -> None:
         """Reorder the weight and lay out the call's constant arguments."""
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32, device="cpu")
         self._kernel: Callable[..., Tensor] = _ONEDNN.qlinear_pointwise.default
         self._call = (
             self.reads.scale,
@@ -324,7 +324,7 @@ class X86LinearSum(X86Linear):
 
     def pack(self) -> None:
         """As for a plain linear, with the sum's own scale."""
-        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(self.weight_scale.numel(), dtype=torch.int32, device="cpu")
         self._kernel = _ONEDNN.qlinear_pointwise.binary
         self._head = (
             self.reads.scale,

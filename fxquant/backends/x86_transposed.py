@@ -166,7 +166,7 @@ class X86ConvTranspose(X86Layer):
         read = (self.reads.scale, self.plan.zero_point)
         walk = self.plan.geometry.walk
         packed = _ONEDNN.qconv_prepack(self.plan.weight(weight), scale, *read, *walk, None)
-        zeros = torch.zeros(scale.numel(), dtype=torch.int32)
+        zeros = torch.zeros(scale.numel(), dtype=torch.int32, device="cpu")
         self._call = (
             *read,
             packed,

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxquant
 
@@ -48,11 +52,14 @@ def pictures() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*first, *rest).eval(), torch.randn(4, 3, 8, 8)
 
 
-@pytest.fixture
-def _elsewhere() -> Iterator[None]:
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """Not ``with torch.device("meta")``: what users leave switched on is the default."""
     torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 def made(model: nn.Module, x: Tensor, mode: Any, backend: str, qconfig: str | None) -> nn.Module:
@@ -82,12 +89,9 @@ def test_quantized_and_run_elsewhere(
     model, x = build()
     with torch.no_grad():
         wanted = made(model, x, mode, backend, qconfig)(x)
-        torch.set_default_device("meta")
-        try:
+        with elsewhere():
             quantized = made(model, x, mode, backend, qconfig)
             found = [quantized(x) for _ in range(5)]
-        finally:
-            torch.set_default_device(None)
     assert all(torch.equal(each, wanted) for each in found)
 
 
@@ -99,11 +103,8 @@ def test_run_elsewhere_from_the_first_call(build: Any, mode: Literal["static", "
     model, x = build()
     quantized, twin = (made(model, x, mode, "auto", None) for _ in range(2))
     with torch.no_grad():
-        torch.set_default_device("meta")
-        try:
+        with elsewhere():
             found = quantized(x)
-        finally:
-            torch.set_default_device(None)
         assert torch.equal(found, twin(x))
         assert torch.equal(quantized(x), twin(x))
 
@@ -130,15 +131,32 @@ def test_imported_elsewhere() -> None:
     subprocess.run(command, check=True, timeout=300)
 
 
-@pytest.mark.usefixtures("_elsewhere")
-def test_trained_elsewhere() -> None:
-    with torch.device("cpu"):
-        model, x = pictures()
-    prepared = fxquant.prepare(model.train(), mode="qat", example_inputs=(x,))
-    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.mse_loss(prepared(x), x.new_zeros(4, 8)).backward()
-        optimizer.step()
+@pytest.mark.parametrize(
+    ("build", "mode"), [(pictures, "static"), (pictures, "dynamic"), (mixed, "dynamic")]
+)
+def test_copied_and_loaded_elsewhere(build: Any, mode: Literal["static", "dynamic"]) -> None:
+    """Kernels ignore the device of some of their arguments; compilers do not."""
+    model, x = build()
+    quantized = made(model, x, mode, "auto", None)
     with torch.no_grad():
-        assert fxquant.convert(prepared.eval())(x).is_cpu
+        wanted = quantized(x)
+        with elsewhere():
+            quantized.load_state_dict(quantized.state_dict())
+            twins = [quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))]
+        for twin in twins:
+            assert torch.equal(twin(x), wanted)
+            held = pytree.tree_leaves([vars(module) for module in twin.modules()])
+            assert not [each for each in held if isinstance(each, Tensor) and each.is_meta]
+
+
+def test_trained_elsewhere() -> None:
+    model, x = pictures()
+    with elsewhere():
+        prepared = fxquant.prepare(model.train(), mode="qat", example_inputs=(x,))
+        optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.mse_loss(prepared(x), x.new_zeros(4, 8)).backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert fxquant.convert(prepared.eval())(x).is_cpu
